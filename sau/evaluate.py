@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sau.data.batches import in_range, to_float
 from sau.data.images import Images
 from sau.errors import DataError, TrainingError, lacks_memory
-from sau.models.normalized import check_labels, eval_mode, logits_of
+from sau.models.normalized import check_labels, classifier, eval_mode, forward_hooks, logits_of
 
 # In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
 # than this, and at least this R-ACC is right again.
@@ -121,6 +121,19 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None, lab
     if not finite:
         raise TrainingError("the logits of the network are NaN or infinite; its weights are broken")
     return torch.cat(answers).to(pixels.device)
+
+
+@torch.no_grad()
+def last_features(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
+    """[N, F] on the CPU: the input of the linear layer that makes the logits of `pixels`, which are as in `predict`, in
+    eval mode. ConfigError if none does."""
+    kept, device = list[Tensor](), next(model.parameters()).device
+    with eval_mode(model):
+        layer = classifier(model, to_float(pixels[:2].to(device)), "a look at features", "another network")
+        with forward_hooks([(layer, lambda layer, given, output: kept.append(given[0].float().flatten(1).cpu()))]):
+            for batch in pixels.split(batch_size):
+                model(to_float(batch.to(device)))
+    return torch.cat(kept)
 
 
 def score(

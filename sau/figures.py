@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from sau.data.batches import to_float
 from sau.data.images import Images, evenly_spaced
 from sau.errors import DataError, RecordError
-from sau.evaluate import predict
+from sau.evaluate import last_features, predict
 from sau.files import write
-from sau.models.normalized import classifier, forward_hooks
 from sau.pgd import Search
 from sau.quality import magnified
 from sau.record.folder import Record
 from sau.report.cells import Section
 from sau.report.results import NONE, read_metrics
 from sau.risk import measure
-from sau.types import Pixels
 from sau.util import marked
 
 Style = tuple[str, str | None, str]  # label, colour, line style or hatch
@@ -255,17 +253,6 @@ def _grid(rows: Mapping[str, Tensor], notes: Mapping[str, Sequence[str]]) -> Fig
     return figure
 
 
-@torch.no_grad()
-def last_features(model: nn.Module, x: Pixels, batch_size: int = 500) -> Tensor:
-    """[B, F]: the input of the linear layer that makes the logits. ConfigError if none does."""
-    kept: list[Tensor] = []
-    layer = classifier(model, x[:2], "a map of features", "another network")
-    with forward_hooks([(layer, lambda layer, given, output: kept.append(given[0].float().flatten(1).cpu()))]):
-        for batch in x.split(batch_size):
-            model(batch)
-    return torch.cat(kept)
-
-
 def features(
     before: nn.Module, after: nn.Module, test: Images, triggered: Images, method: Literal["tsne", "pca"] = "tsne",
     count: int = 600,
@@ -281,7 +268,7 @@ def features(
     figure, shown = panels(1, 2, (7.2, 3.4))
     axes = {"tsne": "t-SNE", "pca": "principal components"}[method]
     for panel, (title, model) in zip(shown, {"backdoored": before, "purified": after}.items(), strict=True):
-        points = _to_plane(last_features(model.eval(), x), method)
+        points = _to_plane(last_features(model, x), method)
         panel.scatter(*points[:n][~wanted].T, s=5, color="#bbbbbb", label="clean, other classes")
         panel.scatter(*points[:n][wanted].T, s=8, color=BLUE, label=f"clean, class {target} (target)")
         panel.scatter(*points[n:].T, s=14, color=RED, marker="x", linewidths=0.8, label="triggered")

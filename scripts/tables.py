@@ -6,6 +6,7 @@
     python scripts/tables.py ratios RECORDS [RECORDS ...] [--out ratios]
     python scripts/tables.py gaps RECORD [RECORD ...]
     python scripts/tables.py radii RECORD [DEFENSE ...] [--radii 0.001 0.004]
+    python scripts/tables.py cost DEFENSE [DEFENSE ...]
     python scripts/tables.py cards [--check]
 
 RECORDS is a folder of result folders, or a JSONL file of summaries as a grid publishes them; RECORD is one attack;
@@ -25,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cards
+import cost
 import risks
 from audits import opened
 
@@ -70,6 +72,7 @@ def main() -> int:
     add["radii"].add_argument("--samples", type=int, default=250, help="test images [250]")
     add["radii"].add_argument("--steps", type=int, default=10, help="gradient steps of each search, one restart [10]")
     add_device(add["radii"])
+    add["cost"].add_argument("defenses", nargs="+", metavar="DEFENSE", help="a defense that has rounds, like sau")
     add["cards"].add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is stale")
     args = parser.parse_args()
     return int(args.function(args) or 0)
@@ -282,6 +285,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "ratios": (ratios, "ASR against the poisoning ratio, as a table, PNG and SVG"),
     "gaps": (risks.gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
     "radii": (risks.radii, "risks of a record's networks against the radius of the ball"),
+    "cost": (cost.cost, "what a defense computes, in forward passes of the network"),
     "cards": (lambda args: cards.update(args.check), "write the figures of docs/results into the pages of methods"),
 }
 

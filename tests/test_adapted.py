@@ -32,7 +32,7 @@ def test_few_images_make_about_as_many_updates_as_published_ones(name: str, imag
         return
     published, now = -(-2500 // method.batch_size), -(-images // fitting.batch_size)
     for length in method.lengths:
-        updates = getattr(method, length) * published
+        updates = {**method.params(), **method.when_few}[length] * published
         assert updates <= getattr(fitting, length) * now < updates + now, length
     assert method.adapted(PreActResNet18(10, 4), 2000) == method
 

@@ -79,17 +79,8 @@ def asr(model, delta=None):
 def test_what_a_clean_network_would_answer_is_taken_off(tmp_path, script):
     def audit(attack, asr, floor):
         rows = [
-            {
-                "part": part,
-                "curve": curve,
-                "network": network,
-                "x": x,
-                "seed": 0,
-                "acc": 80.0,
-                "asr": value,
-                "racc": racc,
-            }
-            for network, value, racc in (("sau", asr, 50.0), ("control", floor, 60.0))
+            {"part": part, "curve": curve, "network": network, "x": x, "seed": 0, "acc": 80.0, **found}
+            for network, found in (("sau", {"asr": asr, "racc": 50.0}), ("control", {"asr": floor, "racc": 60.0}))
             for part, curve, x in (("before", "", 0), ("statistics", "", 0), ("relearn", "released", 5))
         ]
         networks = {"sau": "", "control": ""}

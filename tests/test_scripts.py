@@ -5,9 +5,12 @@ import os
 
 import pytest
 import torch
+from detect import DETECTORS
+from torch import nn
 from toys import REPOSITORY, the_error
 
 from sau.data import sources
+from sau.data.images import Images
 from sau.data.sources import fingerprint, load
 from sau.errors import (
     ConfigError,
@@ -107,6 +110,8 @@ def test_a_device_that_is_not_there_is_refused(name, script, monkeypatch):
 @pytest.mark.parametrize(("name", "flags", "word"), [
     ("export.py", ("nobody", "--format", "png", "--out", "out", "--name_there", "mine"), "--name_there"),
     ("tables.py", ("gaps", "nobody"), "nobody"),
+    ("tables.py", ("cost", "nobody"), "nobody"),
+    ("tables.py", ("cost", "clp"), "rounds"),
     ("tables.py", ("radii", "victim", "nobody"), "nobody"),
     ("figures.py", ("victim", "--defense", "nobody"), "nobody"),
 ])  # fmt: skip
@@ -128,3 +133,18 @@ def test_prepare_describes_data_sets_and_notes_a_subset(script, tmp_path, few, m
     monkeypatch.setitem(sources.SOURCES, "cifar10", few)
     status, out, _ = script("prepare.py", "digits", "cifar10")
     assert status == 0 and "note: subset of cifar10" in out and "| training | 1,437 |" in out
+
+
+def test_detectors_find_images_that_stand_out_in_their_class():
+    """Bright images, a fifth of label 0; the network's features are the pixels."""
+    torch.manual_seed(0)
+    pixels, labels = torch.randint(0, 60, (450, 3, 8, 8), dtype=torch.uint8), torch.arange(450) // 250
+    pixels[:50] = torch.randint(200, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), Images.clean(pixels, labels, 2)
+    with torch.no_grad():  # logits (sum of the pixels, 40): dark images are scaled into the other class
+        model[1].weight.copy_(torch.tensor([[1.0], [0.0]]).expand(2, 192))
+        model[1].bias.copy_(torch.tensor([0.0, 40.0]))
+    for name, detector in DETECTORS.items():
+        scores, flags = detector(model, images, 0.2 / 1.5)
+        assert flags[:50].all() and scores[:50].min() > scores[50:250].max(), name
+        assert flags[250:].sum() <= {"spectral": 40, "clustering": 70, "scaling": 0}[name], name

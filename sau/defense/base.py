@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -40,6 +40,7 @@ class Defense(Method, ABC):
     gradients: ClassVar[Gradients] = "weights"  # images: also of the logits to the images
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
+    when_few: ClassVar[Mapping[str, Any]] = {}  # published settings below 2,000 images
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)
@@ -47,7 +48,7 @@ class Defense(Method, ABC):
     @property
     def adapting(self) -> dict[str, Any]:
         """The settings that follow from clean set and network, with their published values; given ones stand."""
-        names = {*self.lengths, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
+        names = {*self.lengths, *self.when_few, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
         names |= {"augment"} if self.updates else set()
         return {field.name: field.default for field in fields(self) if field.name in names}
 
@@ -56,10 +57,11 @@ class Defense(Method, ABC):
         """These settings for another clean set than the published 2,500 images.
 
         Below 2,000 images an epoch is cut into batches of at least 32, about as many as published, and the lengths grow
-        by what is missing: as many updates at the same rate. Where these do not suffice, a method makes its `updates`,
-        unless it has so many images and the published network, PreAct-ResNet18. Their rate rises to 0.08 of the typical
-        weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images are
-        augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
+        by what is missing: as many updates at the same rate, with the settings of `when_few`, if any. Where these do
+        not suffice, a method makes its `updates`, unless it has so many images and the published network,
+        PreAct-ResNet18. Their rate rises to 0.08 of the typical weight (root mean square, median over layers; 3e-3 at
+        most) and falls to 0 (OneCycleLR); few images are augmented. SAU's published 1,000 updates at 1e-4 leave the
+        backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
@@ -72,7 +74,8 @@ class Defense(Method, ABC):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
             grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
-            changed = {name: math.ceil(getattr(self, name) * grow) for name in self.lengths}
+            changed = {**self.params(), **self.when_few}
+            changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
         else:
             if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
                 return self
@@ -83,7 +86,7 @@ class Defense(Method, ABC):
                 rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}")
             changed = {"lr": rate, "lr_scheduler": "OneCycleLR", "augment": few}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
-        return replace(self, batch_size=size, **changed)
+        return replace(self, **{**changed, "batch_size": size})
 
     def plan(self, images: int, batches: Batched) -> str:
         """The first line: how many images there are, and how long and how fast it trains."""

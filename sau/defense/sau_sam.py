@@ -38,8 +38,9 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
+    when_few = {"pgd_init": "max", "adv_lr": 0.2, "adv_steps": 5, "weight_shared": 1.0}  # SAU's search
 
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 128
     lr: float = 0.02
     augment: bool = True
@@ -51,7 +52,7 @@ class SAUSAM(TrainingDefense):
     )
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
-    weight_shared: float = param(1.0, "l2, of the loss on shared examples", ge=0)
+    weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:

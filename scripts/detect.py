@@ -1,0 +1,139 @@
+"""Which training images of an attack look poisoned: three well-known detectors.
+
+    python scripts/detect.py badnet_demo [--expected 0.1] [--out suspicious.csv]
+
+f are the logits of the attacked network, h(x) its last features, the images of one label x_1 ... x_n:
+
+    spectral    score <h(x_i) - mean h, v>^2, v the first principal direction of the h(x_i); flagged are the 1.5 e n
+                largest, e what --expected says (Tran, Li, Madry, NeurIPS 2018)
+    clustering  2-means of the first 10 independent components of the h(x_i); score 1 - the share of the cluster that
+                x_i is in; a cluster with less than 35 % of the images is flagged (Chen et al., SafeAI 2019)
+    scaling     score: the share of n in 3, 5, 7, 9, 11 for which f answers clamp(n x) like x; flagged above 0.5
+                (SCALE-UP, Guo et al., ICLR 2023, without clean images)
+
+They see images and labels alone. What is known of the poison measures them: TPR and FPR are the shares of the poisoned
+and of the other images that are flagged, AUROC is of the scores.
+"""
+
+import argparse
+import csv
+import io
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import FastICA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from sau.data.images import BACKDOOR, Images
+from sau.errors import RecordError, require, run_command
+from sau.evaluate import last_features, predict
+from sau.files import existing, write
+from sau.record import attack_result
+from sau.tools import Parser, add_device, use_device
+from sau.util import markdown
+
+COMPONENTS, SMALLEST = 10, 0.35  # of activation clustering
+FACTORS, AGREE = (3, 5, 7, 9, 11), 0.5  # of SCALE-UP
+Found = tuple[Tensor, Tensor]  # scores [N], the higher the more suspicious, and flags [N]
+
+
+def spectral(model: nn.Module, images: Images, expected: float) -> Found:
+    """Spectral signatures."""
+    scores, flags = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
+    for at, h in _classes(model, images):
+        h = h - h.mean(0)
+        direction = torch.linalg.svd(h, full_matrices=False)[2][0]
+        scores[at] = (h @ direction).square()
+        flags[at[scores[at].topk(min(len(at), round(1.5 * expected * len(at)))).indices]] = True
+    return scores, flags
+
+
+def clustering(model: nn.Module, images: Images, expected: float) -> Found:
+    """Activation clustering; `expected` has no effect."""
+    scores, flags = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
+    for at, h in _classes(model, images):
+        if len(at) <= COMPONENTS:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # its components are used all the same
+            parts = FastICA(min(COMPONENTS, h.shape[1]), random_state=0, max_iter=1000).fit_transform(h.numpy())
+        cluster = torch.from_numpy(KMeans(2, n_init=10, random_state=0).fit_predict(parts)).long()
+        shares = cluster.bincount(minlength=2) / len(at)
+        scores[at], flags[at] = 1 - shares[cluster], shares[cluster] < SMALLEST
+    return scores, flags
+
+
+def scaling(model: nn.Module, images: Images, expected: float) -> Found:
+    """SCALE-UP; `expected` has no effect."""
+    answers = predict(model, images.pixels)
+    same = [predict(model, (images.pixels.int() * n).clamp(max=255).byte()) == answers for n in FACTORS]
+    scores = torch.stack(same).float().mean(0).cpu()
+    return scores, scores > AGREE
+
+
+DETECTORS: dict[str, Callable[[nn.Module, Images, float], Found]] = {
+    "spectral": spectral, "clustering": clustering, "scaling": scaling
+}  # fmt: skip
+
+
+def _classes(model: nn.Module, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions [n] and last features [n, F] of the images of each label that has any."""
+    features = last_features(model, images.pixels)
+    for label in images.labels.unique():
+        at = (images.labels == label).nonzero().flatten().cpu()
+        yield at, features[at]
+
+
+def main() -> None:
+    """Score the training images of one record."""
+    parser = Parser(__doc__)
+    parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
+    parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
+    parser.add_argument("--dataset_path", help="folder of the data sets [where the attack found them]")
+    about = "share of poisoned images that may be in a class; spectral flags 1.5 times as many [0.1]"
+    parser.add_argument("--expected", type=float, default=0.1, help=about)
+    parser.add_argument("--out", type=Path, help="CSV file for the scores of every image")
+    add_device(parser)
+    detect(parser.parse_args())
+
+
+def detect(asked: argparse.Namespace) -> None:
+    """Print the table, and write the scores."""
+    require("--expected", asked.expected, 0 < asked.expected <= 2 / 3, "above 0 and up to 2/3")
+    device, attacked = use_device(asked), attack_result.load(existing(asked.record_root, asked.name))
+    if attacked.offers("poisoned") != "poisoned":
+        raise RecordError(f"{attacked.path} is a clean network; name an attack")
+    train = attacked.given(attacked.images(asked.dataset_path)[0], "poisoned")
+    model, bad, body = attacked.model().to(device), train.role == BACKDOOR, []
+    model.amp = bool(attacked.amp)
+    columns = {"index": train.index.tolist(), "label": train.labels.tolist()}
+    for name, detector in DETECTORS.items():
+        started = time.monotonic()
+        scores, flags = detector(model, train, asked.expected)
+        columns[name], columns[f"{name}_flagged"] = scores.tolist(), flags.int().tolist()
+        most = train.labels[flags].mode().values.item() if flags.any() else "-"
+        rates = [f"{100 * flags[part].float().mean():.1f}" for part in (bad, ~bad)]
+        area = f"{100 * roc_auc_score(bad, scores):.1f}"
+        seconds = f"{time.monotonic() - started:.0f}"
+        body.append([name, f"{int(flags.sum()):,}", str(most), *rates, area, seconds])
+    print(f"{len(train):,} training images, {int(bad.sum()):,} of them poisoned\n")
+    print(markdown(["detector", "flagged", "most in class", "TPR %", "FPR %", "AUROC %", "seconds"], body), end="")
+    if asked.out is not None:
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(columns)
+        table.writerows(zip(*columns.values(), strict=True))
+        write(asked.out, text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
