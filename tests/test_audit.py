@@ -20,20 +20,8 @@ from toys import QUICK, quiet, the_error, tiny_net, toy_images, train_victim
 matplotlib.use("Agg")
 
 from sau.attack import BadNet, Prototype, WaNet, attack_from_config
-from sau.audit import AuditConfig, Case, open_case, read, run_audit, tables
-from sau.audit.measure import (
-    STEPS,
-    bec,
-    cka,
-    connected,
-    layers,
-    mixture,
-    reestimate_statistics,
-    relearn,
-    similarity,
-    top_tac_channels,
-    universal,
-)
+from sau.audit import AuditConfig, Case, measure, open_case, read, run_audit, tables
+from sau.audit.measure import STEPS, bec, cka, connected, layers, mixture, relearn, similarity, universal
 from sau.audit.tables import curves
 from sau.data.images import BACKDOOR, Augment, Images, to_float
 from sau.data.sources import clean_subset
@@ -202,7 +190,7 @@ def test_cka_by_hand():
 
 
 def test_the_coefficient_is_1_for_the_attacked_network_and_0_for_the_clean_one(nets):
-    chosen = top_tac_channels(nets["none"], TEST[BAD.index], BAD)
+    chosen = measure.top_tac_channels(nets["none"], TEST[BAD.index], BAD)
     assert layers(nets["none"]) == ["features.3"] and {n: len(c) for n, c in chosen.items()} == {"features.3": 1}
     alike = {}
     for name, model in nets.items():
@@ -228,7 +216,7 @@ def test_the_channels_that_change_with_the_trigger_are_chosen():
         second.weight[7] = 1.0
     layers = {"first": first, "shortcut": torch.nn.Conv2d(3, 3, 1), "second": second}
     net = torch.nn.Sequential(OrderedDict(layers))
-    chosen = top_tac_channels(net, TEST[BAD.index], BAD)
+    chosen = measure.top_tac_channels(net, TEST[BAD.index], BAD)
     assert list(chosen) == ["second"] and len(chosen["second"]) == 2 and 7 in chosen["second"].tolist()
     assert not second._forward_hooks
 
@@ -264,7 +252,7 @@ def test_an_audit_has_every_part_for_every_network(nets):
     for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0)):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
     anew = copy.deepcopy(case(nets).networks["none"])
-    reestimate_statistics(anew, mixture(TRAIN, poisons(), 0, share=0.25, seed=0), Augment(2))
+    measure.reestimate_statistics(anew, mixture(TRAIN, poisons(), 0, share=0.25, seed=0), Augment(2))
     assert lines["statistics", ""]["none"][0].mean == score(anew, TEST, BAD).asr.percent != as_it_is["none"]
     way = lines["path", "statistics between"]["ft"]
     assert [way[0.0].mean, way[1.0].mean] == [as_it_is["none"], as_it_is["ft"]]
@@ -283,7 +271,7 @@ def test_settled_statistics_are_those_of_the_images():
     norm, dropped = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
     images = TRAIN[torch.arange(300)]
     model = torch.nn.Sequential(dropped, norm).eval()
-    reestimate_statistics(model, images)
+    measure.reestimate_statistics(model, images)
     batches = [x for x, *_ in images.batches(256, seed=0)]
     assert len(batches) == 2 and not model.training and not norm.training
     for found, wanted in ((norm.running_mean, torch.mean), (norm.running_var, torch.var)):

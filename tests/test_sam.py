@@ -176,7 +176,7 @@ def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
     for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
         assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
     few = method.adapted(PreActResNet18(width=16), 100)
-    assert few.epochs * -(-100 // few.batch_size) == pytest.approx(10 * 20, rel=0.05) and few.adv_steps == 5
+    assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05) and few.adv_steps == 5
     assert method.adapted(PreActResNet18(width=16), 2500) == method
 
 
