@@ -513,7 +513,7 @@ def test_wanets_augmentation_draws_once_an_image_or_once_a_batch(one_draw):
     x = to_float(toy_images(1, size=32).pixels).expand(40, -1, -1, -1)
     state = {"augment": Augment(4, flip=True), "model": tiny_net()}
     torch.manual_seed(0)
-    kinds = [len({tuple(one.flatten().tolist()) for one in augmented(state, x, 5, 10, one_draw)}) for _ in range(5)]
+    kinds = [len({tuple(one.flatten().tolist()) for one in augmented(state, x, 5, 10.0, one_draw)}) for _ in range(5)]
     assert max(kinds) == 1 if one_draw else max(kinds) > 30
 
 

@@ -10,6 +10,7 @@ their label, so that the network learns the quantisation and not just any change
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sau.attack.base import State
 from sau.attack.in_batch import InBatchAttack, augmented, random_images
@@ -50,8 +51,8 @@ class BPP(InBatchAttack):
         quantised = self.dithered(fixed) if self.dithering else self.rounded(fixed)
         return quantised.clamp(0, 1) + (x - fixed)
 
-    def rounded(self, x: Pixels) -> Pixels:
-        """Each value at the nearest level."""
+    def rounded(self, x: Tensor) -> Tensor:
+        """Each value, of any shape, at the nearest level."""
         return (x * (self.squeeze_num - 1)).round() / (self.squeeze_num - 1)
 
     def dithered(self, x: Pixels) -> Pixels:
