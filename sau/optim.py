@@ -48,6 +48,7 @@ class Method:
     files: ClassVar[tuple[str, ...]] = ()  # parameters that name files, whose content is part of what a run is
     watched: ClassVar[str] = "loss"  # the loss by which ReduceLROnPlateau judges; one below 0 would mislead it
     retired: ClassVar[dict[str, Any]] = {}  # former settings in the identity of kept results, at their only value now
+    later: ClassVar[tuple[str, ...]] = ()  # settings newer than kept results: in the identity only if not the default
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -76,7 +77,8 @@ class Method:
     def identity(self) -> dict[str, Any]:
         """`params` as they determine a result: of a file the SHA-256 of its content, for the place differs between
         machines; of a record's folder that of its weights. DataError if one cannot be read."""
-        found = {**self.retired, **self.params()}
+        unused = {field.name for field in fields(self) if getattr(self, field.name) == field.default} & {*self.later}
+        found = {**self.retired, **{name: value for name, value in self.params().items() if name not in unused}}
         for name in self.files:
             if (given := found[name]) is not None:
                 path = Path(given) / "model.safetensors" if Path(given).is_dir() else Path(given)

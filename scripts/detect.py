@@ -21,7 +21,7 @@ import io
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,17 +39,34 @@ from sau.evaluate import last_features, predict
 from sau.files import existing, write
 from sau.record import attack_result
 from sau.tools import Parser, add_device, use_device
+from sau.types import Bytes
 from sau.util import markdown
 
 COMPONENTS, SMALLEST = 10, 0.35  # of activation clustering
 FACTORS, AGREE = (3, 5, 7, 9, 11), 0.5  # of SCALE-UP
 Found = tuple[Tensor, Tensor]  # scores [N], the higher the more suspicious, and flags [N]
+Classes = list[tuple[Tensor, Tensor]]  # of each label: positions [n] and last features [n, F] of its images
 
 
-def spectral(model: nn.Module, images: Images, expected: float) -> Found:
+def detections(model: nn.Module, images: Images, expected: float) -> Iterator[tuple[str, Found]]:
+    """Name and findings of each detector; the features are computed with the first."""
+    features, labels = last_features(model, images.pixels), images.labels.cpu()
+    places = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    classes = [(at, features[at]) for at in places]
+    yield "spectral", spectral(classes, expected)
+    yield "clustering", clustering(classes)
+    yield "scaling", scaling(model, images.pixels)
+
+
+def _nothing(classes: Classes) -> Found:
+    n = sum(len(at) for at, _ in classes)
+    return torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+
+
+def spectral(classes: Classes, expected: float) -> Found:
     """Spectral signatures."""
-    scores, flags = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
-    for at, h in _classes(model, images):
+    scores, flags = _nothing(classes)
+    for at, h in classes:
         h = h - h.mean(0)
         direction = torch.linalg.svd(h, full_matrices=False)[2][0]
         scores[at] = (h @ direction).square()
@@ -57,10 +74,10 @@ def spectral(model: nn.Module, images: Images, expected: float) -> Found:
     return scores, flags
 
 
-def clustering(model: nn.Module, images: Images, expected: float) -> Found:
-    """Activation clustering; `expected` has no effect."""
-    scores, flags = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
-    for at, h in _classes(model, images):
+def clustering(classes: Classes) -> Found:
+    """Activation clustering."""
+    scores, flags = _nothing(classes)
+    for at, h in classes:
         if len(at) <= COMPONENTS:
             continue
         with warnings.catch_warnings():
@@ -72,25 +89,12 @@ def clustering(model: nn.Module, images: Images, expected: float) -> Found:
     return scores, flags
 
 
-def scaling(model: nn.Module, images: Images, expected: float) -> Found:
-    """SCALE-UP; `expected` has no effect."""
-    answers = predict(model, images.pixels)
-    same = [predict(model, (images.pixels.int() * n).clamp(max=255).byte()) == answers for n in FACTORS]
+def scaling(model: nn.Module, pixels: Bytes) -> Found:
+    """SCALE-UP."""
+    answers = predict(model, pixels)
+    same = [predict(model, (pixels.int() * n).clamp(max=255).byte()) == answers for n in FACTORS]
     scores = torch.stack(same).float().mean(0).cpu()
     return scores, scores > AGREE
-
-
-DETECTORS: dict[str, Callable[[nn.Module, Images, float], Found]] = {
-    "spectral": spectral, "clustering": clustering, "scaling": scaling
-}  # fmt: skip
-
-
-def _classes(model: nn.Module, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions [n] and last features [n, F] of the images of each label that has any."""
-    features = last_features(model, images.pixels)
-    for label in images.labels.unique():
-        at = (images.labels == label).nonzero().flatten().cpu()
-        yield at, features[at]
 
 
 def main() -> None:
@@ -116,15 +120,14 @@ def detect(asked: argparse.Namespace) -> None:
     model, bad, body = attacked.model().to(device), train.role == BACKDOOR, []
     model.amp = bool(attacked.amp)
     columns = {"index": train.index.tolist(), "label": train.labels.tolist()}
-    for name, detector in DETECTORS.items():
-        started = time.monotonic()
-        scores, flags = detector(model, train, asked.expected)
+    started = time.monotonic()
+    for name, (scores, flags) in detections(model, train, asked.expected):
         columns[name], columns[f"{name}_flagged"] = scores.tolist(), flags.int().tolist()
         most = train.labels[flags].mode().values.item() if flags.any() else "-"
         rates = [f"{100 * flags[part].float().mean():.1f}" for part in (bad, ~bad)]
         area = f"{100 * roc_auc_score(bad, scores):.1f}"
-        seconds = f"{time.monotonic() - started:.0f}"
-        body.append([name, f"{int(flags.sum()):,}", str(most), *rates, area, seconds])
+        body.append([name, f"{int(flags.sum()):,}", str(most), *rates, area, f"{time.monotonic() - started:.0f}"])
+        started = time.monotonic()
     print(f"{len(train):,} training images, {int(bad.sum()):,} of them poisoned\n")
     print(markdown(["detector", "flagged", "most in class", "TPR %", "FPR %", "AUROC %", "seconds"], body), end="")
     if asked.out is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sau.attack.base import Attack
 from sau.attack.blended import sailing_boat
-from sau.attack.triggers import TensorTrigger, TriggerContext, load_image, trigger_image
+from sau.attack.triggers import TensorTrigger, TriggerContext, file_trigger, trigger_image
 from sau.config import param
 from sau.data.batches import generator
 from sau.data.decode import image_to_tensor
@@ -66,8 +66,7 @@ class AdapBlend(AdaptiveAttack):
     mask_rate: float = param(0.5, "share of the 16 tiles that a training image lacks", ge=0, lt=1)
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        path, sides = self.attack_trigger_img_path, context.images.pixels.shape[-2:]
-        return None if path is None else TensorTrigger(load_image(path, *sides))
+        return file_trigger(self.attack_trigger_img_path, context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         t = trigger_image(self.trigger, self.attack_trigger_img_path, sailing_boat, x)

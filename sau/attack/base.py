@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -58,6 +58,7 @@ class Attack(Method, ABC):
     clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
     trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
     retired: ClassVar[dict[str, Any]] = {"attack_label_map": ()}
+    later: ClassVar[tuple[str, ...]] = ("resilient_rho", "abi")
     trigger: ClassVar[Any] = None  # a module, set on the attack that `fit_trigger` returns; may have `figures`
 
     attack_target: int = param(0, "target label (all2one)", ge=0, aliases=("target_label",))
@@ -77,11 +78,6 @@ class Attack(Method, ABC):
         self.require("attack_label_trans", fits, f"all2one for {self.name}")
         plain = self.resilient_rho == 0 or type(self).step is Attack.step
         self.require("resilient_rho", plain, f"0 for {self.name}, which trains more than the network")
-
-    def identity(self) -> dict[str, Any]:
-        """As of every method; of settings that came after kept results only those in use."""
-        unused = [name for name, value in (("resilient_rho", 0), ("abi", None)) if getattr(self, name) == value]
-        return {name: value for name, value in super().identity().items() if name not in unused}
 
     # The trigger
 
@@ -230,11 +226,14 @@ class Attack(Method, ABC):
         logits = normalized.require_tensor(model, model(x))
         loss = F.cross_entropy(logits, y)
         if self.resilient_rho:
-            sam = FTSAM(rho=self.resilient_rho, adaptive=False)
-            sam.update(model, descent, loss, lambda: F.cross_entropy(model(x), y))
+            self._sam.update(model, descent, loss, lambda: F.cross_entropy(model(x), y))
         else:
             descent(loss)
         return {"loss": loss, "train_acc": batch_accuracy(logits, y)}
+
+    @cached_property
+    def _sam(self) -> FTSAM:
+        return FTSAM(rho=self.resilient_rho, adaptive=False)
 
     def classifier_epochs(self, recipe: Training) -> int:
         """How many epochs of the recipe train the classifier."""

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sau.attack.base import Attack
-from sau.attack.triggers import TensorTrigger, TriggerContext, load_image, trigger_image
+from sau.attack.triggers import TensorTrigger, TriggerContext, file_trigger, trigger_image
 from sau.config import param
 from sau.data.decode import image_to_tensor
 from sau.types import Pixels
@@ -27,8 +27,7 @@ class Blended(Attack):
     attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        path, sides = self.attack_trigger_img_path, context.images.pixels.shape[-2:]
-        return None if path is None else TensorTrigger(load_image(path, *sides))
+        return file_trigger(self.attack_trigger_img_path, context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha

@@ -56,6 +56,11 @@ def load_image(path: str, height: int, width: int) -> Tensor:
     return image_to_tensor(read_image(path), height, width) / 255
 
 
+def file_trigger(path: str | None, context: TriggerContext) -> TensorTrigger | None:
+    """The image of a file at the size of the images to attack; None without a file."""
+    return None if path is None else TensorTrigger(load_image(path, *context.images.pixels.shape[-2:]))
+
+
 def trigger_image(
     trigger: TensorTrigger | None, path: str | None, default: Callable[[int, int], Tensor], x: Tensor
 ) -> Tensor:

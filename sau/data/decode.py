@@ -29,7 +29,7 @@ _VERSION = 2  # of the cache and of the decoding; a change decodes everything an
 
 
 class Preparation(NamedTuple):
-    """How a network's own library makes its input of an image."""
+    """How images become pixels: squeezed, or as a network's own library makes them."""
 
     size: int
     apply: Callable[[Image.Image], Tensor]  # RGB to pixels [3, size, size] on the scale 0..255
@@ -58,12 +58,16 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.asarray(resized, dtype=np.float32).transpose(2, 0, 1).copy())
 
 
-def decode(paths: Sequence[str], size: int | Preparation, title: str) -> Bytes:
-    """Every image as uint8 [N, 3, size, size], squeezed to a number, with a progress bar on a terminal."""
-    side, apply = (size, partial(image_to_tensor, height=size, width=size)) if isinstance(size, int) else size[:2]
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+def squeezed(size: int) -> Preparation:
+    """Every image squeezed to size x size."""
+    return Preparation(size, partial(image_to_tensor, height=size, width=size), str(size))
+
+
+def decode(paths: Sequence[str], how: Preparation, title: str) -> Bytes:
+    """Every image as uint8 [N, 3, size, size], with a progress bar on a terminal."""
+    pixels = torch.empty(len(paths), 3, how.size, how.size, dtype=torch.uint8)
     for slot, path in zip(pixels, tqdm(paths, desc=title, unit="image", disable=None, leave=False), strict=True):
-        slot.copy_(apply(read_image(path)))  # whole numbers, so the conversion is exact
+        slot.copy_(how.apply(read_image(path)))  # whole numbers, so the conversion is exact
     return pixels
 
 

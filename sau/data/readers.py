@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sau.compat.torch_file import ALLOWED
-from sau.data.decode import Preparation, cached, decode
+from sau.data.decode import Preparation, cached, decode, squeezed
 from sau.data.images import Images
 from sau.errors import DataError, first_line
 
@@ -200,14 +200,15 @@ def _samples(root: Path, classes: Sequence[str], suffix: str = "") -> Samples:
 
 def read_images(title: str, root: Path, samples: Samples, size: int | Preparation, classes: int) -> Images:
     """The images of a split, from the cache or decoded with a progress bar."""
-    key = [title, str(size) if isinstance(size, int) else size.text]
+    how = squeezed(size) if isinstance(size, int) else size
+    key = [title, how.text]
     for path, _ in samples:
         try:
             status = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error.strerror}") from None
         key.append(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}")
-    pixels = cached(key, lambda: {"pixels": decode([path for path, _ in samples], size, title)})["pixels"]
+    pixels = cached(key, lambda: {"pixels": decode([path for path, _ in samples], how, title)})["pixels"]
     return Images.clean(pixels, torch.tensor([label for _, label in samples], dtype=torch.int64), classes)
 
 

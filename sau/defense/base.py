@@ -40,7 +40,7 @@ class Defense(Method, ABC):
     gradients: ClassVar[Gradients] = "weights"  # images: also of the logits to the images
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
-    when_few: ClassVar[Mapping[str, Any]] = {}  # published settings below 2,000 images
+    when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)

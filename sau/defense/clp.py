@@ -82,8 +82,7 @@ def ordered(model: nn.Module, norms: pruning.Norms) -> Pairs:
 
 def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
     """The convolutions with the batch norms that they feed (`traced` by `x`); ConfigError if there are none."""
-    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, pruning.NORMS)}
-    norms = {name: norm for name, norm in norms.items() if norm.affine and norm.running_var is not None}
+    norms = pruning.affine_norms(model, running=True)
     with eval_mode(model):
         pairs = [(conv, norms[name]) for name, conv in traced(model, norms, x).items()]
     if not pairs:

@@ -120,11 +120,16 @@ def prune_fixed(model: nn.Module, level: PruningLevel, session: RunContext, figu
 # Batch norms, and what feeds them
 
 
-def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norms:
-    """The batch norms of `model` with scales and shifts (and `running` statistics); ConfigError if there are none."""
+def affine_norms(model: nn.Module, *, running: bool = False) -> Norms:
+    """The batch norms of `model` with scales and shifts (and `running` statistics)."""
     norms = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
     norms = {name: norm for name, norm in norms.items() if norm.affine and norm.bias is not None}
-    norms = {name: norm for name, norm in norms.items() if not running or norm.running_var is not None}
+    return {name: norm for name, norm in norms.items() if not running or norm.running_var is not None}
+
+
+def batch_norms(model: nn.Module, method: str, *, running: bool = False) -> Norms:
+    """`affine_norms`, whose channels `method` prunes; ConfigError if there are none, or if they share weights."""
+    norms = affine_norms(model, running=running)
     if not norms:
         kind = "BatchNorm2d with running statistics" if running else "BatchNorm2d"
         raise ConfigError(f"the network has no batch norm ({kind}), whose channels {method} prunes; try ft or sau")
