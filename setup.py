@@ -23,7 +23,7 @@ setup(
     package_dir={"sau.configs": "configs"},
     package_data={
         "sau.configs": ["*/*.yaml"],
-        "sau.report": ["published.json", "page.*", "table.tex"],
+        "sau.report": ["published.json", "*.html", "page.*", "table.tex"],
     },
     install_requires=required,
     extras_require={

@@ -1,5 +1,6 @@
 """The commands: which one is meant, the order of calls from its flags to a finished record, and how it ends."""
 
+import copy
 import re
 import sys
 import time
@@ -21,7 +22,7 @@ from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, run_command
-from sau.evaluate import Score, der, figures, proportions, score, table, verdict
+from sau.evaluate import Score, der, figures, proportions, reestimate_statistics, score, table, verdict
 from sau.files import release_all, safe_join, write
 from sau.loop import Limit, RunContext
 from sau.models import MODELS, build
@@ -181,10 +182,12 @@ def defend(name: str, argv: Sequence[str]) -> None:
     scores |= {"gate": given.gate} if given.gate else {}
     if risks and threat:
         found = found or risks(fixed)
-        for risk in ("r_adv", "r_share"):
+        for risk, sign in {"r_adv": "R_adv", "r_share": "R_share", "r_share_sau": "R_share by SAU's search"}.items():
             rates = [each.shares()[risk].percent for each in (threat, found)]
-            record.log(f"{risk.replace('r', 'R', 1)} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
+            record.log(f"{sign} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
         scores["risk"] = {"before": threat.summary(), "after": found.summary(), "search": asdict(run.search())}
+    if given.own and risks and reestimate_statistics(again := copy.deepcopy(fixed), clean, given.augment):
+        scores["statistics_anew"] = {**score(again, test, None).summary(), "risk": risks(again).summary()}
     if not given.own:
         looks = method.data_use != "none"
         record.log(verdict(before, after, not given.gate or given.gate["passed"], looks))

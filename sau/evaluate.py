@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.batches import in_range, to_float
-from sau.data.images import Images
+from sau.data.images import Augment, Images
 from sau.errors import DataError, TrainingError, lacks_memory
 from sau.models.normalized import check_labels, classifier, eval_mode, forward_hooks, logits_of
 
 # In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
 # than this, and at least this R-ACC is right again.
 GONE, COST, RIGHT = 10.0, 5.0, 70.0
+NORM_BATCH = 256  # images at a time for statistics of batch norm
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # images; the caches of a CPU do not hold the activations of more
 
 
@@ -197,6 +199,21 @@ def table(rows: dict[str, Score]) -> str:
         last = "-" if rating is None else f"{rating:.2f}"
         lines.append(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{last:>9}")
     return "\n".join(lines)
+
+
+@torch.no_grad()
+def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | None = None) -> bool:
+    """Make the statistics of the batch norms of `model` the means over the batches of `images`, augmented; dropout
+    stays off, unlike in `torch.optim.swa_utils.update_bn`. Returns whether there are such norms."""
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # all batches count alike
+        norm.train()
+    for x, *_ in images.batches(NORM_BATCH, seed=0, augment=augment) if norms else ():
+        model(x)
+    model.eval()
+    return bool(norms)
 
 
 def verdict(before: Score, after: Score, took: bool = True, images: bool = True) -> str:

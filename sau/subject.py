@@ -133,8 +133,8 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> 
     return Subject(
         folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"), model=model,
         given=given, test=test, own=True, pickled=found.kind != weights.SAFE, configs=came.configs if came else None,
-        facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes}}, notes=notes,
-        identity={**asdict(own), "clean": fingerprint(images), "attacked": found.digest},
+        facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes, "class_names": list(shown)}},
+        notes=notes, identity={**asdict(own), "clean": fingerprint(images), "attacked": found.digest},
         lines=[f"{arch} from {place}, {counts}", *([f"from the folder: {came.view.text}"] if came else []),
                f"classes: {short_names(shown)} ({order})"],
     )  # fmt: skip

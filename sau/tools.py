@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sau.device import choose_device, prepare, set_threads
-from sau.errors import RecordError, printable
+from sau.errors import ConfigError, RecordError, printable
 from sau.files import existing, safe_join, write
 from sau.settings import Parser as Parser
 
@@ -36,10 +36,12 @@ def report(argv: Sequence[str]) -> int:
     """Every result below a folder as one HTML page, and the same table as CSV, LaTeX and JSON.
 
     It reads ROOT/<name> (attacks) and ROOT/<name>/defense/<method>, at any depth. Folders that are unfinished or
-    damaged are listed with the reason. ROOT may also be a .jsonl file, as a grid publishes results.
+    damaged are listed with the reason. ROOT may also be a .jsonl file, as a grid publishes results; or the folder of a
+    purified network of your own, whose page says what was measured of it.
     """
     from sau.data.sources import SOURCES
-    from sau.report.page import build
+    from sau.record.folder import CONFIG, OWN, read_config, run_kind
+    from sau.report.page import build, build_own
     from sau.report.tables import as_csv, as_json, as_latex
 
     formats = {"csv": as_csv, "latex": as_latex, "json": as_json}
@@ -50,9 +52,18 @@ def report(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=Path, help=f"write the table as {name} to this file")
     parser.add_argument("--dataset", choices=SOURCES, metavar="NAME", help="data set of folders that name none")
     parser.add_argument("--dataset_path", help="folder of the data sets, for clean images [where the runs had them]")
+    parser.add_argument("--beside", type=Path, nargs="+", default=(), help="like ROOT, of networks known to be clean")
     args = parser.parse_args(argv)
-    page, sections = build(args.root, args.dataset, args.dataset_path)
-    texts = {args.out: page} | {path: form(sections) for name, form in formats.items() if (path := vars(args)[name])}
+    tables = {path: form for name, form in formats.items() if (path := vars(args)[name])}
+    if (args.root / CONFIG).is_file() and run_kind(read_config(args.root / CONFIG)) == OWN:
+        if tables:
+            raise ConfigError("csv, latex and json are tables of attacks; leave them out for a network of your own")
+        texts = {args.out: build_own(args.root, args.beside)}
+    else:
+        if args.beside:
+            raise ConfigError(f"--beside is for the page of a network of your own, which {args.root} is not")
+        page, sections = build(args.root, args.dataset, args.dataset_path)
+        texts = {args.out: page} | {path: form(sections) for path, form in tables.items()}
     for path, text in texts.items():
         write(path, text.encode(errors="backslashreplace"))
         print(f"{path}: {path.stat().st_size:,} bytes")
@@ -155,7 +166,8 @@ def verify(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     """What is in a network file that somebody else made, without running anything in it.
 
-    FILE is a .pt, .pth, .ckpt or .safetensors file; its content decides, not its name. The last line is the verdict.
+    FILE is a .pt, .pth, .ckpt or .safetensors file, whose content decides, not its name; or a folder that timm or
+    transformers wrote. The last line is the verdict.
     Exit status: 0 harmless to open, 1 suspicious (it wants to import or run what weights do not need), 2 unreadable, or
     a mistake in the command. Weights that are harmless to open may still have a backdoor: that is what the defenses are
     for.
@@ -164,7 +176,7 @@ def inspect(argv: Sequence[str]) -> int:
     from sau.compat.inspect import inspect as look
 
     parser = Parser(inspect.__doc__, prog="sau inspect")
-    parser.add_argument("file", type=Path, help="the file")
+    parser.add_argument("file", type=Path, help="the file or folder")
     parser.add_argument("--to", type=Path, help="write its tensors to this new file as safetensors, if it is harmless")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     asked = parser.parse_args(argv)

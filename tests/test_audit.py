@@ -28,7 +28,7 @@ from sau.data.sources import clean_subset
 from sau.defense import FT
 from sau.defense.npd import insert_polarizer
 from sau.errors import ConfigError, RecordError
-from sau.evaluate import score
+from sau.evaluate import reestimate_statistics, score
 from sau.models import Normalized
 from sau.record import attack_result as stored
 from sau.record.folder import Record, as_json, dump_config, dump_manifest
@@ -252,7 +252,7 @@ def test_an_audit_has_every_part_for_every_network(nets):
     for key, start in ((("before", ""), 0), (("white", "trigger + D"), 0.0)):
         assert {name: line[start].mean for name, line in lines[key].items()} == as_it_is
     anew = copy.deepcopy(case(nets).networks["none"])
-    measure.reestimate_statistics(anew, mixture(TRAIN, poisons(), 0, share=0.25, seed=0), Augment(2))
+    reestimate_statistics(anew, mixture(TRAIN, poisons(), 0, share=0.25, seed=0), Augment(2))
     assert lines["statistics", ""]["none"][0].mean == score(anew, TEST, BAD).asr.percent != as_it_is["none"]
     way = lines["path", "statistics between"]["ft"]
     assert [way[0.0].mean, way[1.0].mean] == [as_it_is["none"], as_it_is["ft"]]
@@ -271,7 +271,7 @@ def test_settled_statistics_are_those_of_the_images():
     norm, dropped = torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)
     images = TRAIN[torch.arange(300)]
     model = torch.nn.Sequential(dropped, norm).eval()
-    measure.reestimate_statistics(model, images)
+    reestimate_statistics(model, images)
     batches = [x for x, *_ in images.batches(256, seed=0)]
     assert len(batches) == 2 and not model.training and not norm.training
     for found, wanted in ((norm.running_mean, torch.mean), (norm.running_var, torch.var)):

@@ -1,6 +1,7 @@
 """A network of one's own: weights from a file, clean images from a folder, no trigger."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -86,7 +87,26 @@ def test_any_layout_is_purified_and_comes_back_in_its_format(net, pictures, tmp_
         assert said["asr"] is None and said["acc_count"][1] == 3  # one image of each class measures
         assert risk["r_adv"] >= risk["r_share"] and "r_bd" not in risk
     assert summary["risk"]["before"]["r_adv"] == summary["risk"]["before"]["r_share"] and summary["der"] is None
-    assert {"before", "after", "typical", "doubts"} == {*summary["findings"]["verdict"]}
+    assert {"before", "after", "typical", "doubts", "sizes"} == {*summary["findings"]["verdict"]}
+
+
+def test_the_page_of_a_purified_network_says_what_was_measured(net, pictures, tmp_path, here, refused):
+    (pictures / "red").rename(pictures / "<i>red")
+    for name in ("mine", "known"):
+        assert here(*flags(layouts(net, tmp_path)[2], pictures, "--save_folder_name", name))[0] == 0
+    assert here("report", "record/mine", "--beside", "record/known", "--out", "page.html")[0] == 0
+    page, record = (tmp_path / "page.html").read_text(), tmp_path / "record" / "mine"
+    summary, parts = json.loads((record / "summary.json").read_text()), ("before", "after", "statistics_anew", "before")
+    cells = [[float(cell) for cell in re.findall(r"<td>([\d.]+) %", row)] for row in page.split("<tr>")]
+    assert [round(summary[part]["acc"], 1) for part in parts] in cells and "known, before" in page
+    rates = [(summary["risk"].get(part) or summary[part]["risk"])["r_share_sau"] for part in parts]
+    assert [round(rate, 1) for rate in rates] in cells
+    assert {f"{size:.1f}" for size in summary["findings"]["verdict"]["sizes"].values() if size} <= {
+        *re.findall(r"[\d.]+", page)
+    }
+    assert "&lt;i&gt;red" in page and "<i>" not in page and "src=" not in page and "<script" not in page
+    assert "leave them out for a network of your own" in refused("report", "record/mine", "--csv", "table.csv")
+    assert "--beside is for the page of" in refused("report", "record", "--beside", "record/known")
 
 
 COLOURS = """

@@ -91,6 +91,17 @@ def test_a_folder_comes_back_as_its_library_opens_it(kind, networks, clean, tmp_
         torch.testing.assert_close(answer, answer_of_library(after, image))
 
 
+@pytest.mark.parametrize("kind", ["timm_resnet", "vit"])
+def test_inspection_of_a_folder_says_what_its_library_would_open(kind, networks, tmp_path, here):
+    status, out, err = here("inspect", str(networks / kind))
+    arch = "timm:test_resnet" if kind == "timm_resnet" else "ViTForImageClassification"
+    assert (status, err) == (0, "") and out.splitlines()[-1].endswith(f"tensors, {arch} with 3 classes")
+    assert "0 = cat, 1 = dog, 2 = ant" in out and "\nimages    mean" in out
+    broken = changed(networks / kind, tmp_path / "broken", "config.json", {"architecture": "x", "architectures": ["x"]})
+    status, out, err = here("inspect", str(broken))
+    assert status == 2 and out.splitlines()[-1].startswith("unreadable: ")
+
+
 def test_class_folders_are_numbered_by_name_or_number(networks, clean, tmp_path, here, refused):
     (clean / "ant").rename(clean / "zebra")
     said = refused(*flags(networks / "vit", clean))

@@ -33,7 +33,6 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.batches import generator
 from sau.data.images import Augment, Images, to_float
@@ -46,7 +45,7 @@ from sau.types import Labels, Universal
 
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # on the path
-NORM_BATCH, FIT_BATCH, BLOCK = 256, 128, 250  # images at a time: statistics, D (as released), features
+FIT_BATCH, BLOCK = 128, 250  # images at a time: D (as released), features
 KEPT = 0.1  # share of a layer's channels, rounded up
 TAC_IMAGES, CKA_IMAGES = 2200, 500
 ASIDE = ("shortcut", "downsample")  # in the names of convolutions beside the main path
@@ -93,19 +92,6 @@ def interpolate(attacked: nn.Module, purified: nn.Module, s: float) -> nn.Module
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(start[name], tensor, s))
     return model.eval()
-
-
-@torch.no_grad()
-def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | None = None) -> None:
-    """Make the statistics of the batch norms of `model` the means over the batches of `images`, augmented; dropout
-    stays off, unlike in `torch.optim.swa_utils.update_bn`."""
-    for norm in (layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats):
-        norm.reset_running_stats()
-        norm.momentum = None  # all batches count alike
-        norm.train()
-    for x, *_ in images.batches(NORM_BATCH, seed=0, augment=augment):
-        model(x)
-    model.eval()
 
 
 def universal(

@@ -24,7 +24,7 @@ from sau.data.batches import generator
 from sau.data.images import BACKDOOR, Augment, Images, sample, to_float
 from sau.data.sources import fingerprint, source
 from sau.errors import ConfigError, DataError, RecordError, require
-from sau.evaluate import figures, proportions, score
+from sau.evaluate import figures, proportions, reestimate_statistics, score
 from sau.grid.store import find
 from sau.models import Normalized
 from sau.record import attack_result
@@ -202,7 +202,7 @@ def before(case: Case, config: AuditConfig, name: str, model: Normalized) -> Ite
 def statistics(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:
     """The same with statistics of batch norm estimated anew on clean images, where a backdoor may hide."""
     images, again = measure.mixture(case.train, case.poisons, 0, share=config.share, seed=0), copy.deepcopy(model)
-    measure.reestimate_statistics(again, images, case.augment)
+    reestimate_statistics(again, images, case.augment)
     yield "", 0, 0, case.score(again)
 
 
@@ -226,7 +226,7 @@ def path(case: Case, config: AuditConfig, name: str, model: Normalized) -> Itera
     for curve, s in product(("statistics between", "statistics anew"), measure.STEPS):
         there = measure.interpolate(start, model, s)
         if curve == "statistics anew":
-            measure.reestimate_statistics(there, images, case.augment)
+            reestimate_statistics(there, images, case.augment)
         yield curve, s, 0, case.score(there)
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from sau.compat import torch_file, weights
-from sau.compat.weights import Weights, guess, short_names
-from sau.errors import RecordError, printable
+from sau.compat import pretrained, torch_file, weights
+from sau.compat.weights import Guess, Weights, guess, short_names
+from sau.errors import ConfigError, RecordError, printable
 from sau.files import write
 
 HARMLESS, SUSPICIOUS, UNREADABLE = 0, 1, 2  # exit status of `sau inspect`
@@ -17,43 +18,51 @@ Report = dict[str, Any]
 
 
 def inspect(path: Path, to: Path | None = None) -> Report:
-    """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
+    """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or the weights of a folder of timm or transformers.
 
     If the verdict is harmless, its tensors are written to the new file `to` as safetensors: those of the network under
     their own names if one was recognised, else all. RecordError if there is no file `path`, or there is one `to`.
 
     Returns:
         path, bytes, sha256, format, tensors (name, shape, dtype, values, nan), network (see `Guess`, or None), classes
-        (names, or None), status and verdict (one line).
+        (names, or None), images (how a folder wants them, or None), status and verdict (one line).
     """
+    folder, path = (path, path / pretrained.WEIGHTS) if path.is_dir() else (None, path)
     if not path.is_file():
         raise RecordError(f"there is no file {path}")
     if to is not None and to.exists():
         raise RecordError(f"{to} exists; name a new file")
     report: Report = {"path": str(path), "bytes": path.stat().st_size, "sha256": None, "format": None}
-    report |= {"tensors": [], "network": None, "classes": None, "status": UNREADABLE}
+    report |= {"tensors": [], "network": None, "classes": None, "images": None, "status": UNREADABLE}
     try:
         raw = torch_file.content(path)
         report |= {"sha256": hashlib.sha256(raw).hexdigest(), "format": weights.file_format(raw) or None}
         found = weights.read(path, raw)
-        report |= _described(found)
+        report |= _described(found, folder)
         if to is not None:
             write(to, _packed(found.below(report["network"]["prefix"] if report["network"] else "")))
         return {**report, "status": HARMLESS}
     except torch_file.ProgramError as error:
         return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}
-    except RecordError as error:
+    except (RecordError, ConfigError, OSError) as error:
         return {**report, "verdict": f"unreadable: {error}"}
 
 
-def _described(found: Weights) -> Report:
-    """The tensors, the network, the class names and the verdict; RecordError if there is no tensor."""
+def _described(found: Weights, folder: Path | None) -> Report:
+    """The tensors, the network, the class names, the images and the verdict; RecordError if there is no tensor."""
     if not found.tensors:
         raise RecordError("there is no tensor in it")
-    known, what = None, "of no network that is known here"
+    known, what, images = None, "of no network that is known here", None
     try:
-        if known := guess(found):
-            what = f"{known.name} with {known.classes} classes"
+        if folder is None:
+            known = guess(found)
+        else:
+            opened = pretrained.open_folder(folder)
+            found, images, size = opened.found, opened.view.text, opened.said["input_size"]
+            with torch.no_grad():
+                classes = opened.net(torch.zeros(1, 3, size, size)).shape[1]
+            known = Guess(opened.said["arch"], None, classes, "")
+        what = f"{known.name} with {known.classes} classes" if known else what
     except RecordError as error:  # it holds one several times
         what = str(error)
     tensors = list[Report]()
@@ -63,7 +72,8 @@ def _described(found: Weights) -> Report:
     verdict = f"harmless to open: {len(tensors)} tensors, {what}"
     if broken := sum(tensor["nan"] > 0 for tensor in tensors):
         verdict += f"; {broken} of them hold NaN"
-    return {"tensors": tensors, "network": known and known._asdict(), "classes": found.classes, "verdict": verdict}
+    facts: Report = {"tensors": tensors, "network": known and known._asdict(), "images": images}
+    return {**facts, "classes": found.classes, "verdict": verdict}
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
@@ -89,6 +99,7 @@ def text(report: Report) -> str:
         f"tensors   {len(report['tensors'])}, {sum(tensor['values'] for tensor in report['tensors']):,} values",
         f"network   {which}",
         f"classes   {short_names(report['classes']) if report['classes'] else 'not named in the file'}",
+        *([f"images    {report['images']}"] if report["images"] else []),
         report["verdict"],
     ]
     return "\n".join(map(printable, lines))

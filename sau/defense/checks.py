@@ -151,10 +151,10 @@ def compare(
     """Search two networks in eval mode on a few clean images, and say what is found. Weights of `attacked` take no
     gradients from then on.
 
-    Returns sizes of patches in pixels, None where there is none: `before`, the smallest that sends 9 of 10 images to
-    its class in the attacked network; `after`, the same, grown until it sends half of the images there in the purified
-    one, too; `typical`, the median of the former over the classes. And `doubts`: whether too little changed to have
-    removed a backdoor.
+    Returns sizes of patches in pixels, None where there is none: `sizes`, by class, of the smallest that send 9 of 10
+    images there in the attacked network, their smallest `before` and median `typical`; `after`, the one of `before`,
+    grown until it sends half of the images there in the purified network, too. And `doubts`: whether too little changed
+    to have removed a backdoor.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     with seeded(1):
@@ -166,7 +166,9 @@ def compare(
         _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
     finite = {name: None if math.isinf(size) else round(size, 3) for name, size in found.items()}
-    verdict = {**finite, "doubts": found["after"] < SMALL * found["typical"]}
+    each = zip(map(str, classes.tolist()), sizes.tolist(), strict=True)
+    by_class = {name: None if math.isinf(size) else round(size, 3) for name, size in each}
+    verdict = {**finite, "doubts": found["after"] < SMALL * found["typical"], "sizes": by_class}
     for line in lines(verdict):
         say(line)
     return verdict

@@ -1,22 +1,33 @@
-"""One self-contained HTML page of all results below a folder."""
+"""Self-contained HTML pages: of all results below a folder, and of one purified network of somebody's own."""
 
 import json
+import math
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sau.data.readers import needs_download
-from sau.errors import DataError, SauError
+from sau.defense import checks
+from sau.defense.nc import anomaly
+from sau.errors import DataError, RecordError, SauError
+from sau.evaluate import Proportion
 from sau.figures import data_url, images, scatter
 from sau.record import attack_result
+from sau.record.folder import OWN, Record, run_kind
 from sau.report.cells import Section, TableCell, sections
 from sau.report.results import NONE, PERCENT, MeanStd, Result, find_results
 from sau.report.tables import published, published_rows
 
 HIDDEN = {"identity", "clean_index", "command", "digest", "schema"}  # repeated, long, or shown elsewhere
 COLUMNS = 4  # images in a strip
+OWN_FIGURES = {
+    "acc": "classified correctly", "r_share_sau": "R_share, by SAU's search", "r_share": "R_share, by every search",
+    "r_adv": "R_adv",
+}  # fmt: skip
 
 
 def build(root: Path, dataset: str | None = None, dataset_path: str | None = None) -> tuple[str, list[Section]]:
@@ -32,16 +43,61 @@ def build(root: Path, dataset: str | None = None, dataset_path: str | None = Non
         plot, names = scatter(section) or (None, [])
         parts.append({"section": section, "rows": rows, "scatter": plot and data_url(plot, "svg"), "names": names,
                       "pairs": published_rows(section), **_overview(rows)})  # fmt: skip
+    page = _environment().get_template("page.html").render(
+        root=root.resolve().name, parts=parts, left_out=left_out, results=results, published=published(),
+        undefended=NONE, percent=PERCENT,
+    )  # fmt: skip
+    return page, found
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["figure"] = _figure
-    page = environment.get_template("page.html").render(
-        root=root.resolve().name, parts=parts, left_out=left_out, results=results, published=published(),
-        undefended=NONE, percent=PERCENT,
+    return environment
+
+
+def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
+    """The page of a purified network of somebody's own: what was measured of it, and what cannot be excluded.
+
+    `beside` are further such folders, of networks that are known to be clean: what they were before shows what is
+    usual. RecordError for any other folder.
+    """
+    config, summary = _own(folder)
+    risk, verdict = summary["risk"], summary.get("findings", {}).get("verdict")
+    anew = summary.get("statistics_anew", {})
+    parts = {"before": (summary["before"], risk["before"]), "after": (summary["after"], risk["after"])}
+    parts |= {"statistics anew": (anew, anew["risk"])} if anew else {}
+    for other in beside:
+        theirs = _own(other)[1]
+        parts[f"{other.resolve().name}, before"] = theirs["before"], theirs["risk"]["before"]
+    columns = [{**scores, **risks} for scores, risks in parts.values()]
+    lines = [(what, [_share(column, name) for column in columns]) for name, what in OWN_FIGURES.items()]
+    patches = list[tuple[str, float | None, float]]()
+    if verdict:
+        sizes = {config["model"]["class_names"][int(name)]: size for name, size in verdict["sizes"].items()}
+        known = [math.inf if size is None else size for size in sizes.values()]
+        index = anomaly(torch.tensor(known)).nan_to_num(0.0).tolist()
+        patches = sorted(zip(sizes, sizes.values(), index, strict=True), key=lambda row: -row[2])
+    return _environment().get_template("own.html").render(
+        name=folder.resolve().name, config=config, columns=list(parts), lines=lines, search=risk["search"],
+        verdict=verdict, said=verdict and checks.lines(verdict), patches=patches,
     )  # fmt: skip
-    return page, found
+
+
+def _own(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and summary of a checked folder."""
+    record = Record(folder)
+    if run_kind(config := record.check()) != OWN:
+        raise RecordError(f"{folder} is the folder of {run_kind(config)}, allowed is that of {OWN}")
+    return config, record.summary()
+
+
+def _share(figures: dict[str, Any], name: str) -> str:
+    share = Proportion(*figures[f"{name}_count"])
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(share.percent, *share.interval)
 
 
 def _figure(value: float | MeanStd | None, digits: int = 2, sign: bool = False) -> str:

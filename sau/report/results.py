@@ -167,7 +167,7 @@ def _checked(record: Record, attack: Result | None) -> dict[str, Any]:
     """The configuration of a whole folder; RecordError for one that does not count, or of another attack."""
     config = record.check(light=True)
     if run_kind(config) == OWN:
-        raise RecordError("a purified network of your own, whose trigger is unknown")
+        raise RecordError("a purified network of your own, which has a page of its own: sau report FOLDER")
     if attack is None and "defense" in config["identity"]:
         raise RecordError("a defense without its attack; name the folder of the attack or one above it")
     if attack and attack.config.get("digest") not in (None, config.get("attacked")):
