@@ -29,6 +29,7 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         ssim: mean structural similarity of `ssim_count` images, spread evenly, by scikit-image's default, whose windows
         of 7x7 weigh all pixels alike (a Gaussian in Wang et al. 2004); None without skimage.
         linf, linf_max: mean and maximum over images of the largest change of a value, in [0, 1] pixels.
+        l2: mean L2 norm of the change of an image, in [0, 1] pixels.
         unchanged, in_ball: percentage of images that the trigger does not change, and changes by at most `radius`.
     """
     require("radius", radius, is_radius(radius, "L_inf"), RADII)
@@ -47,6 +48,7 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         "ssim_count": min(SAMPLE, len(clean)) if ssim is not None else 0,
         "linf": round(float(linf.mean()), 4),
         "linf_max": round(float(linf.max()), 4),
+        "l2": round(float((mse * clean[0].numel()).sqrt().mean()), 3),
         "unchanged": round(100 * float((~changed).double().mean()), 2),
         "in_ball": round(100 * float((linf <= radius + 1e-9).double().mean()), 2),
         "radius": radius,

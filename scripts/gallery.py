@@ -1,17 +1,14 @@
-"""All triggers side by side, one PNG and one HTML page: rows are attacks, columns clean, triggered, difference.
+"""All triggers side by side: rows are attacks, columns clean, triggered, difference; and a table of their figures.
 
     python scripts/gallery.py --dataset cifar10 [--dataset_path ./data] [--img_size 32] [--record_root ./record]
-        [--out gallery] [--columns 4] [--radius 0.2]
+        [--out gallery.png] [--columns 4] [--radius 0.2]
 
 An attack is shown by the triggered test images of its newest finished record on these test images. Without a record
 its trigger is made from its default settings, or, where that means training, its row names the command that makes it.
 """
 
 import argparse
-import base64
-import html
 import io
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +31,7 @@ from sau.optim import Training
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
 from sau.tools import Parser
-
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;width:100%}td,th{padding:.4rem .6rem;text-align:left;border-bottom:1px solid #ddd}
-img{image-rendering:pixelated;width:72px;height:72px;margin:1px}td.n{font-variant-numeric:tabular-nums}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}td,th{border-color:#444}}"""
+from sau.util import markdown
 
 
 @dataclass(frozen=True)
@@ -112,6 +105,14 @@ def figures(found: dict[str, Any]) -> str:
     return f"PSNR {psnr}\n{ssim}L\u221e {found['linf']:.3f}\nin ball {found['in_ball']:.0f} %"
 
 
+def row(shown: Line) -> list[str]:
+    """A line of the table: mean figures of all triggered test images."""
+    found = shown.found or {}
+    digits = {"psnr": 1, "ssim": 3, "linf": 3, "l2": 1, "in_ball": 0}
+    cells = ["" if found.get(name) is None else f"{found[name]:.{n}f}" for name, n in digits.items()]
+    return [shown.attack.name, *cells, shown.note]
+
+
 def draw(lines: list[Line], columns: int) -> bytes:
     """The PNG."""
     size = (0.85 * 3 * columns + 2.4, 0.95 * len(lines))
@@ -141,48 +142,15 @@ def draw(lines: list[Line], columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def image(pixels: Tensor) -> str:
-    """An <img> with the image inside."""
-    buffer = io.BytesIO()
-    plt.imsave(buffer, pixels.permute(1, 2, 0).numpy(), format="png")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def page(lines: list[Line], dataset: str, radius: float) -> str:
-    """The HTML, in one file."""
-    rows = []
-    for shown in lines:
-        about = html.escape(" ".join((sys.modules[shown.attack.__module__].__doc__ or "").split("\n\n")[0].split()))
-        name = f"<th>{shown.attack.__name__}</th>"
-        if shown.before is None or shown.after is None or shown.found is None:
-            rows.append(f"<tr>{name}<td colspan=4>{html.escape(shown.note)}</td></tr>")
-            continue
-        blocks = (shown.before, shown.after, difference(shown.before, shown.after)[0])
-        cells = "".join(f"<td>{''.join(map(image, block))}</td>" for block in blocks)
-        text = html.escape(figures(shown.found)).replace("\n", "<br>")
-        rows.append(f"<tr>{name}{cells}<td class=n>{text}</td></tr>")
-        rows.append(f"<tr><td></td><td colspan=4><small>{about} ({html.escape(shown.note)})</small></td></tr>")
-    head = "<tr><th></th><th>clean</th><th>triggered</th><th>difference, magnified</th><th></th></tr>"
-    name = html.escape(dataset)
-    note = (
-        "Measured on the stored, 8-bit test images. In ball: share of images whose change is at most "
-        f"{radius:g} in every value, which is SAU's Assumption (a) for that radius."
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Triggers on {name}</title>'
-        f"<style>{STYLE}</style><h1>Triggers on {name}</h1><p>{note}</p><table>{head}{''.join(rows)}</table></html>\n"
-    )
-
-
 def main() -> int:
-    """Write the gallery; exit status 2 for a user's mistake."""
+    """Write the picture, print the table; exit status 2 for a user's mistake."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", default="digits", help="data set whose images are shown [digits]")
     add("--dataset_path", default="./data", help="folder that holds the data sets [./data]")
     add("--img_size", type=int, help="height and width of the images in pixels [the data set's own]")
     add("--record_root", default="./record", help="folder of the result folders [./record]")
-    add("--out", default="gallery", help="folder of the page, the image and the figures [gallery]")
+    add("--out", default="gallery.png", help="the picture [gallery.png]")
     add("--columns", type=int, default=4, help="images of each attack, 1 and more [4]")
     add("--radius", type=float, default=quality.RADIUS, help="of the ball that triggers are counted in [0.2]")
     asked = parser.parse_args()
@@ -192,12 +160,8 @@ def main() -> int:
         )
     train, test = load(asked.dataset, asked.dataset_path, asked.img_size)
     lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]
-    out = Path(asked.out)
-    write(out / f"{asked.dataset}.png", draw(lines, asked.columns))
-    write(out / f"{asked.dataset}.html", page(lines, asked.dataset, asked.radius).encode())
-    table = {shown.attack.name: shown.found for shown in lines if shown.found is not None}
-    write(out / f"{asked.dataset}.json", (json.dumps(table, indent=2) + "\n").encode())
-    print(f"{out / asked.dataset}.html, .png and .json")
+    write(Path(asked.out), draw(lines, asked.columns))
+    print(markdown(["attack", "PSNR dB", "SSIM", "L-infinity", "L2", "in ball %", "images"], map(row, lines)), end="")
     return 0
 
 

@@ -30,7 +30,7 @@ def test_psnr_and_l_infinity_by_hand():
     expected = [10 * math.log10(48 / change**2) for change in (0.2, 0.4)]
     assert expected[0] == pytest.approx(30.79, abs=0.01)
     assert found["psnr"] == pytest.approx(sum(expected) / 2, abs=0.01)
-    assert found["linf"] == pytest.approx(0.2) and found["linf_max"] == pytest.approx(0.4)
+    assert found["l2"] == found["linf"] == pytest.approx(0.2) and found["linf_max"] == pytest.approx(0.4)
     assert found["unchanged"] == pytest.approx(33.33) and found["radius"] == 0.2
     assert quality.quality(*pictures(52))["linf_max"] == 0.2039
     for radius, share in ((0.2, 66.67), (0.199, 33.33), (0.4, 100.0)):  # the ball has its border
