@@ -28,6 +28,8 @@ for i, (pixels, label) in enumerate(zip(clean.pixels, clean.labels)):
     to_pil_image(pixels).save(folder / f"{i}.png")
 END
 python "$here/defense/sau.py" --model_file net --clean_dir images $how
+python -m sau inspect net | tail -5
+python -m sau report record/net_sau --out page.html
 python - <<'END'
 from pathlib import Path
 
