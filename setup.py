@@ -30,7 +30,7 @@ setup(
         "report": report,
         "docs": docs,
         "ray": ["ray>=2.40"],
-        "models": ["timm>=1.0.31", "transformers>=5.24"],  # not in `test`: 19 packages more, a hub client among them
+        "models": ["timm>=1.0.31", "transformers>=5.24", "open_clip_torch>=3.3"],  # not in `test`: 20 packages more
         "test": [
             *report,
             *docs,

@@ -198,7 +198,7 @@ def _keep(record: Record, fixed: nn.Module, model: nn.Module, given: subject.Sub
     """The purified weights, in the format or the folder that they came in, too."""
     net = fixed.get_submodule("net")
     if given.configs:
-        for name, content in {**given.configs, pretrained.WEIGHTS: pretrained.saved(net)}.items():
+        for name, content in {**given.configs, **pretrained.saved(net)}.items():
             write(record.path / name, content)
         record.log(f"purified folder: {record.path}, opened as the one that it came in")
         return

@@ -117,8 +117,8 @@ class OwnRun:
 
     model_file: str | None = param(
         None,
-        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), or a folder that timm or transformers "
-        "wrote, instead of result_file; nothing in it runs",
+        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), or a folder that timm, transformers or "
+        "open_clip wrote, instead of result_file; nothing in it runs",
     )
     clean_dir: str | None = param(
         None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"

@@ -110,7 +110,8 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> 
     clean, place = Path(str(own.clean_dir)), Path(str(own.model_file))
     if place.is_dir() and method.name == "npd":
         raise ConfigError("npd adds a layer to the network, so that the library of its folder could not open it again")
-    folders, came = class_folders(clean), pretrained.open_folder(place) if place.is_dir() else None
+    folders = class_folders(clean)
+    came = pretrained.open_folder(place, folders) if place.is_dir() else None
     found = came.found if came else weights.read(place)
     names = by_name(folders, found.classes)
     shown, order = (names, "names in the file") if names else (folders, "folders in order")

@@ -166,8 +166,8 @@ def verify(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     """What is in a network file that somebody else made, without running anything in it.
 
-    FILE is a .pt, .pth, .ckpt or .safetensors file, whose content decides, not its name; or a folder that timm or
-    transformers wrote. The last line is the verdict.
+    FILE is a .pt, .pth, .ckpt or .safetensors file, whose content decides, not its name; or a folder of timm,
+    transformers or open_clip. The last line is the verdict.
     Exit status: 0 harmless to open, 1 suspicious (it wants to import or run what weights do not need), 2 unreadable, or
     a mistake in the command. Weights that are harmless to open may still have a backdoor: that is what the defenses are
     for.

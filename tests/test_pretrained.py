@@ -148,3 +148,33 @@ def test_a_name_of_timm_with_a_weights_file(clean, tmp_path, here, refused, monk
     assert "has no network 'hf-hub:some/one'" in refused(*named, "timm:hf-hub:some/one")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "the network needs timm; pip install -e '.[models]'" in refused(*named, "timm:test_resnet")
+
+
+@pytest.mark.parametrize("defense", ["sau", "sau-sam", "ft-sam"])
+def test_the_image_tower_of_clip_is_purified_under_the_names_of_the_classes(defense, clean, tmp_path, here):
+    open_clip, place = pytest.importorskip("open_clip"), tmp_path / "clip"
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    config = {
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"std": [0.3] * 3},
+    }
+    place.mkdir()
+    (place / pretrained.CLIP_CONFIG).write_text(json.dumps(config))
+    torch.manual_seed(0)
+    net = open_clip.create_model(f"local-dir:{place}", load_weights=False)
+    safetensors.torch.save_file(net.state_dict(), place / pretrained.CLIP_WEIGHTS)
+    status, out, err = here("defense", defense, *flags(place, clean)[2:])
+    assert (status, err) == (0, ""), out
+    net, _, view = open_clip.create_model_and_transforms(f"local-dir:{place}")
+    after = open_clip.create_model(f"local-dir:{tmp_path / 'record' / f'clip_{defense}'}")
+    for name, tensor in after.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name]) == (not name.startswith("visual.")), name
+    image, opened = Image.open(next(clean.glob("cat/*"))), pretrained.open_folder(place, sorted(CLASSES))
+    prompts = open_clip.get_tokenizer(f"local-dir:{place}")([f"a photo of a {name}." for name in sorted(CLASSES)])
+    theirs, words, scale = net(view(image)[None], prompts)
+    ours = Normalized(opened.net, opened.said["mean"], opened.said["std"]).eval()
+    assert torch.allclose(
+        ours(to_float(opened.view.apply(image).to(torch.uint8)[None])), scale * theirs @ words.T, atol=0.2
+    )
+    assert "0 = ant, 1 = cat, 2 = dog (names in the file)" in out

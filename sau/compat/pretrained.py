@@ -1,10 +1,13 @@
-"""Networks of timm and transformers, opened from the folders that these libraries write, and saved as they came.
+"""Networks of timm, transformers and open_clip, opened from the folders that these libraries write, and saved as they
+came.
 
 Nothing is downloaded, no pickle is opened, and no code of a folder runs.
 """
 
 import hashlib
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +31,8 @@ from sau.models import TIMM, Normalized, library
 from sau.run import OwnRun
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+PROMPT = "a photo of a {}."
 _PROBE = Image.fromarray((np.arange(48 * 64 * 3) % 251).astype(np.uint8).reshape(48, 64, 3))
 
 
@@ -39,6 +45,24 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(pixel_values=x, return_dict=True).logits
+
+
+class ZeroShot(nn.Module):
+    """The image tower of CLIP (Radford et al., ICML 2021), with the names of the classes as its fixed last layer:
+
+    logits_c = scale * <image, text_c>,     both of length 1, text_c that of a prompt with the name of class c
+    """
+
+    def __init__(self, clip: Any, prompts: Tensor) -> None:
+        super().__init__()
+        self.net: nn.Module = clip.visual
+        self.rest = [clip]  # in a list, for its text tower is no part of the classifier
+        with torch.no_grad():
+            head = clip.logit_scale.exp() * F.normalize(clip.encode_text(prompts), dim=1)
+        self.head: Tensor = nn.Buffer(head.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.net(x), dim=1) @ self.head.T
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +83,27 @@ class Pretrained:
         return replace(own, **self.said)
 
 
-def open_folder(folder: Path) -> Pretrained:
-    """The network in `folder`; ConfigError, RecordError or OSError if it cannot be used as its library uses it."""
-    found, configs = weights.read(folder / WEIGHTS), {CONFIG: read(folder / CONFIG)}
+def weights_file(folder: Path) -> Path:
+    """The file with the weights of a folder."""
+    return folder / (CLIP_WEIGHTS if (folder / CLIP_CONFIG).exists() else WEIGHTS)
+
+
+def open_folder(folder: Path, names: Sequence[str] = ()) -> Pretrained:
+    """The network in `folder`; ConfigError, RecordError or OSError if it cannot be used as its library uses it.
+
+    `names` are those of the classes for a network that answers with the likeness of images and words.
+    """
+    found, clip = weights.read(weights_file(folder)), (folder / CLIP_CONFIG).exists()
     if found.kind != weights.SAFE:
         raise ConfigError(f"{found.path} is no safetensors file, but {found.kind}; its library would not open it")
-    configs |= {PROCESSOR: read(folder / PROCESSOR)} if (folder / PROCESSOR).exists() else {}
+    files = [CLIP_CONFIG] if clip else [CONFIG, *([PROCESSOR] if (folder / PROCESSOR).exists() else [])]
+    configs = {name: read(folder / name) for name in files}
     digest = hashlib.sha256(b"".join([found.digest.encode(), *configs.values()])).hexdigest()
     try:
-        opened = _transformers if "architectures" in parse_json(configs[CONFIG]) else _timm
-        arch, net, names, mean, std, apply, settings = opened(folder, found)
+        opened: Any = partial(_open_clip, names=names)
+        if not clip:
+            opened = _transformers if "architectures" in parse_json(configs[CONFIG]) else _timm
+        arch, net, shown, mean, std, apply, settings = opened(folder, found)
         _, height, width = apply(_PROBE).shape
     except (SauError, MemoryError):
         raise
@@ -79,16 +114,18 @@ def open_folder(folder: Path) -> Pretrained:
     how = ", ".join(f"{name} {value}" for name, value in settings.items())
     view = Preparation(width, apply, one_line(f"mean {mean}, std {std}, images {width}x{height}, {how}"))
     said = {"arch": arch, "mean": tuple(mean), "std": tuple(std), "input_size": width}
-    return Pretrained(said, net, replace(found, digest=digest, classes=names and [*map(str, names)]), view, configs)
+    return Pretrained(said, net, replace(found, digest=digest, classes=shown and [*map(str, shown)]), view, configs)
 
 
-def saved(net: nn.Module) -> bytes:
-    """The `model.safetensors` of the library of `net`; transformers has other names in files than in networks."""
+def saved(net: nn.Module) -> dict[str, bytes]:
+    """The file of weights of the library of `net`; transformers has other names in files than in networks."""
     if not isinstance(net, Logits):
-        return safetensors.torch.save({name: value.cpu().contiguous() for name, value in net.state_dict().items()})
+        file, whole = (CLIP_WEIGHTS, net.rest[0]) if isinstance(net, ZeroShot) else (WEIGHTS, net)
+        tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
+        return {file: safetensors.torch.save(tensors)}
     with TemporaryDirectory() as place:
         net.net.save_pretrained(place, max_shard_size="1TB")
-        return (Path(place) / WEIGHTS).read_bytes()
+        return {WEIGHTS: (Path(place) / WEIGHTS).read_bytes()}
 
 
 def _timm(folder: Path, found: Weights) -> tuple[Any, ...]:
@@ -134,3 +171,23 @@ def _transformers(folder: Path, found: Weights) -> tuple[Any, ...]:
     scaling = {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
     settings = {name: value for name, value in processor.to_dict().items() if name not in scaling}
     return arch, Logits(net.eval()), [config.id2label[i] for i in range(config.num_labels)], mean, std, apply, settings
+
+
+def _open_clip(folder: Path, found: Weights, names: Sequence[str]) -> tuple[Any, ...]:
+    """As `_timm`."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    lib, place = library("open_clip"), f"local-dir:{folder}"
+    logging.disable(logging.WARNING)  # it warns of weights that were not loaded yet
+    try:
+        clip: Any = weights.filled(partial(lib.create_model, place, load_weights=False), found)
+    finally:
+        logging.disable(logging.NOTSET)
+    how = lib.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
+    plain = lib.transform.image_transform_v2(replace(how, mean=(0.0,) * 3, std=(1.0,) * 3), is_train=False)
+    prompts = lib.get_tokenizer(place)([PROMPT.format(name.replace("_", " ")) for name in names or ["thing"]])
+    settings = {"interpolation": how.interpolation, "resize_mode": how.resize_mode, "prompts": PROMPT}
+
+    def apply(image: Image.Image) -> Tensor:
+        return (255 * plain(image)).round()
+
+    return "open_clip", ZeroShot(clip, prompts), list(names), how.mean, how.std, apply, settings

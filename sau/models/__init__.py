@@ -105,7 +105,7 @@ def build(
 
 
 def library(name: str) -> Any:
-    """timm or transformers; ConfigError where it is not installed."""
+    """timm, transformers or open_clip; ConfigError where it is not installed."""
     try:
         return import_module(name)
     except ModuleNotFoundError:
