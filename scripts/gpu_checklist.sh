@@ -14,7 +14,7 @@ data=(--dataset digits)
 [ -z "${1:-}" ] || data=(--dataset cifar10 --dataset_path "$1")
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python || echo python3)}"
 root=(--record_root "$out/record" --overwrite true)
-device=cuda paper=(--recipe paper --epochs 100 --eval_every 10) fast=(--recipe fast) purify=(--recipe paper --epochs 100)
+device=cuda paper=(--recipe paper --epochs 100 --eval_every 10) fast=(--recipe fast) purify=(--recipe paper)
 steps=(--width 64 --steps 20 --repeats 3) updates=(--width 64 --batch_size 256 --steps 5 --repeats 3)
 images=(--width 64 --images 4000 --repeats 3) whole=(--width 64 --images 50000 --epochs 3 --rounds 5 --repeats 1)
 if [ -n "${SMOKE:-}" ]; then
@@ -24,7 +24,9 @@ if [ -n "${SMOKE:-}" ]; then
   images=("${small[@]}" --images 20) whole=("${small[@]}" --images 320 --epochs 1 --rounds 1)
 fi
 "$python" attack/badnet.py "${data[@]}" "${root[@]}" "${paper[@]}" --save_folder_name paper --device $device
-"$python" defense/sau.py "${root[@]}" "${purify[@]}" --result_file paper --device $device
+for defense in sau sau-sam; do
+  "$python" defense/$defense.py "${root[@]}" "${purify[@]}" --result_file paper --device $device
+done
 "$python" attack/badnet.py "${data[@]}" "${root[@]}" "${fast[@]}" --save_folder_name fast --device $device
 for part in train sau eval data runs; do
   case $part in sau) flags=("${updates[@]}") ;; eval) flags=("${images[@]}") ;; runs) flags=("${whole[@]}") ;; *) flags=("${steps[@]}") ;; esac

@@ -1,7 +1,7 @@
 """`SAU().purify(model, loader)` on networks that its settings were not made for: the ASR falls, or a warning says not.
 
 `python tests/test_own_networks.py docs/results/own_networks.jsonl` runs the whole table (hours on one core) and goes on
-where the file ends; CIFAR-10 is looked for in SAU_DATA.
+where the file ends; CIFAR-10 is looked for in SAU_DATA. A defense may follow, like `sau-sam`.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sau.attack import BadNet, Blended
 from sau.data.images import Images, to_float
 from sau.data.sources import clean_subset, load
-from sau.defense import SAU
+from sau.defense import DEFENSES
 from sau.evaluate import score
 from sau.loop import Session
 from sau.optim import Training
@@ -79,14 +79,14 @@ def images(name: str) -> tuple[Images, Images]:
     return train[torch.arange(0, len(train), 5)], test[torch.arange(0, len(test), 5)]
 
 
-def purified(network: str, attack: str, data: str, count: int, seed: int, epochs: int | None = None) -> dict[str, Any]:
-    """Train a victim (`epochs` for a shorter one), purify it with the defaults and measure both."""
+def purified(network: str, attack: str, data: str, count: int, seed: int, defense: str = "sau") -> dict[str, Any]:
+    """Train a victim, purify it with the defaults and measure both."""
     torch.manual_seed(seed)
     train, test = images(data)
     make, recipe = NETWORKS[network]
     key = f"{network}_{attack}_{data}_{seed}"
     poison = ATTACKS[attack](pratio=0.1, attack_target=0)
-    recipe = Training(epochs=epochs or DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
+    recipe = Training(epochs=DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
     net, lines = make(DATA[data][0]), []
     session = Session(say=lines.append)
     poison = poison.fit_trigger(train, net, recipe, seed=seed, session=session)
@@ -98,11 +98,12 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, epochs
     loader = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
     lines.clear()
     session = Session(say=lines.append)
-    figures, networks = dict[str, float](), {"before": victim, "after": SAU().purify(victim, loader, session=session)}
+    after = DEFENSES[defense]().purify(victim, loader, session=session)
+    figures, networks = dict[str, float](), {"before": victim, "after": after}
     for when, each in networks.items():
         shares = score(each, test, triggered).shares()
         figures |= {f"{name}_{when}": share.percent for name, share in shares.items() if share}
-    cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed}
+    cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed, "defense": defense}
     return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
 
 
@@ -119,12 +120,12 @@ def cells() -> Iterator[tuple[str, str, str, int, int]]:
                         yield network, attack, data, count, seed
 
 
-def main(path: Path) -> None:
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {tuple(row[name] for name in ("network", "attack", "data", "clean", "seed")) for row in done}
+def main(path: Path, defense: str = "sau") -> None:
+    done = [{"defense": "sau", **json.loads(line)} for line in path.read_text().splitlines()] if path.exists() else []
+    known = {tuple(row[name] for name in ("network", "attack", "data", "clean", "seed", "defense")) for row in done}
     for cell in cells():
-        if cell not in known:
-            row = purified(*cell)
+        if (*cell, defense) not in known:
+            row = purified(*cell, defense)
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
@@ -142,4 +143,4 @@ def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(net
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
