@@ -103,8 +103,13 @@ def asr(printed: str, row: str) -> float:
 
 
 def test_the_notebooks_are_kept_with_their_outputs_and_images():
-    assert [path.name for path in NOTEBOOKS] == ["1_purify.ipynb", "2_theory.ipynb", "3_your_own.ipynb"]
-    for path, images in zip(NOTEBOOKS, (2, 3, 2), strict=True):
+    assert [path.name for path in NOTEBOOKS] == [
+        "1_purify.ipynb",
+        "2_theory.ipynb",
+        "3_your_own.ipynb",
+        "4_a_folder.ipynb",
+    ]
+    for path, images in zip(NOTEBOOKS, (2, 3, 2, 0), strict=True):
         text, notebook = path.read_text(), json.loads(path.read_text())
         counts = [cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
         kept = outputs(notebook)
@@ -126,6 +131,14 @@ def test_the_other_notebooks_run(number, shown, tmp_path, monkeypatch):
     printed = executed(NOTEBOOKS[number], tmp_path, monkeypatch)
     assert asr(printed, "none") > 90 and asr(printed, "SAU") < 20 and all(text in printed for text in shown)
     assert printed.count("image/png") == (3, 2)[number - 1]
+
+
+@pytest.mark.slow
+def test_the_last_notebook_purifies_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    printed = executed(NOTEBOOKS[3], tmp_path, monkeypatch)
+    before, after = (float(rate) for rate in re.findall(r"^\S+ ACC .* ASR ([\d.]+) ", printed, re.M))
+    assert before > 90 and after < 10
 
 
 def blocks() -> dict[str, str]:
