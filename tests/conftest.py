@@ -1,6 +1,7 @@
 """Fixtures: the scripts in a subprocess, the command line in this process, a finished record, real data."""
 
 import atexit
+import importlib
 import os
 import runpy
 import shutil
@@ -24,6 +25,7 @@ from sau.data import sources
 _CACHE = tempfile.TemporaryDirectory(prefix="sau-cache-")  # of triggers and pictures that tests make
 atexit.register(_CACHE.cleanup)
 os.environ["SAU_CACHE"] = _CACHE.name  # also where the user has one, in which older code may have made them
+os.environ["MPLBACKEND"] = "Agg"  # figures open no window
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,10 +54,17 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own, that does not exist yet."""
-    monkeypatch.setenv("SAU_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def closed_figures() -> Iterator[None]:
+    yield
+    importlib.import_module("matplotlib.pyplot").close("all")
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, that does not exist yet, beside its `tmp_path`."""
+    place = tmp_path_factory.mktemp("own") / "cache"
+    monkeypatch.setenv("SAU_CACHE", str(place))
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,17 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     return record.path
 
 
+def note(path: Path, summary: dict[str, Any] | None = None, **facts: Any) -> Path:
+    """Add facts to the configuration of a finished folder, and to its summary."""
+    record = Record(path)
+    record.check()
+    found = record.summary()
+    (path / "manifest.json").unlink()
+    record.update_config(**facts)
+    record.finish({**found, **(summary or {})})
+    return path
+
+
 def _rows(record: Record, rows: list[dict[str, Any]]) -> None:
     """All at once: a real run writes the file anew, and to the disk, with every row."""
     record.rows = rows[:-1]

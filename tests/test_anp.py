@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import pair, quiet, tiny_net, toy_images
+from toys import pair, quiet, tiny_net, toy_images, train_victim
 
 from sau.attack import Blended
 from sau.data.images import Batches, Images
 from sau.defense import ANP, pruning
 from sau.evaluate import score
 from sau.loop import RunContext
-from sau.optim import Training
 
 
 class Deep(nn.Sequential):
@@ -50,8 +49,7 @@ def doubled() -> tuple[Deep, Tensor, Tensor]:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
-    x, y = pair(8)
-    return net, x.double(), y
+    return net, *pair(8, torch.float64)
 
 
 def test_masks_and_perturbations_scale_the_batch_norms():
@@ -144,13 +142,11 @@ def test_a_number_prunes_scales_and_leaves_everything_else():
 @cache
 def backdoored() -> tuple[nn.Module, Images, Images]:
     """A network with batch norms and Blended's backdoor, the test set, the triggered test set."""
-    attack, recipe = Blended(), Training(epochs=20, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
+    attack, test = Blended(), toy_images(200, seed=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Deep()
-    attack.fit(net, attack.poison_train(toy_images(400, seed=1), 0), recipe, seed=0, session=quiet())
-    test = toy_images(200, seed=2)
-    return net.eval(), test, attack.poison_test(test)
+        net = train_victim(attack, toy_images(400, seed=1), net=Deep())
+    return net, test, attack.poison_test(test)
 
 
 @pytest.mark.parametrize("select", ["defender", "oracle"])

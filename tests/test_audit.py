@@ -5,19 +5,16 @@ import json
 import math
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot
 import pytest
 import torch
 from attack_rows import each_poison
+from synthetic import note
 from test_risk import Line
 from toys import QUICK, quiet, the_error, tiny_net, toy_images, train_victim
-
-matplotlib.use("Agg")
 
 from sau.attack import BadNet, Prototype, WaNet, attack_from_config
 from sau.audit import AuditConfig, Case, measure, open_case, read, run_audit, tables
@@ -31,21 +28,16 @@ from sau.errors import ConfigError, RecordError
 from sau.evaluate import reestimate_statistics, score
 from sau.models import Normalized
 from sau.record import attack_result as stored
-from sau.record.folder import Record, as_json, dump_config, dump_manifest
+from sau.record.folder import as_json
 
 TRAIN, TEST = toy_images(400, seed=1), toy_images(200, seed=2)
 BAD = BadNet().poison_test(TEST)
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def poisons(attack=None, images=TRAIN):
     made = (attack or BadNet()).poison(images, torch.arange(len(images)))
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
-
-
-@pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
-    yield
-    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +296,7 @@ def test_a_grids_defense_is_found_by_its_name_and_one_of_another_attack_refused(
     with pytest.raises(RecordError, match=second.name):
         open_case(victim, ["ft"], samples=30)
     assert list(open_case(victim, [second.name], samples=30).networks) == ["none", second.name]
-    record = Record(first)
-    record.check()
-    (first / "config.yaml").write_bytes(dump_config({**record.config, "attacked": "0" * 64}))
-    kept = [file for file in record._files() if file.name != "manifest.json"]
-    (first / "manifest.json").write_bytes(dump_manifest(kept))
+    note(first, attacked="0" * 64)
     with pytest.raises(RecordError, match="another attack"):
         open_case(victim, [first.name], samples=30)
 

@@ -3,14 +3,11 @@
 import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from synthetic import attack, defense
 from toys import QUICK, tiny_net, toy_images
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from sau.data import images as data
 from sau.data.images import Images, to_float
@@ -19,11 +16,7 @@ from sau.figures import RISKS, curves, examples, images, last_features, risks, s
 from sau.pgd import Search
 from sau.record.folder import Record
 
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("closed_figures")
 
 
 def lines(panel: plt.Axes) -> dict[str, tuple[list[float], list[float]]]:

@@ -12,6 +12,8 @@ from sau.evaluate import Proportion, Score
 from sau.loop import Session
 from sau.models import PreActResNet18, unwrapped
 
+SHUFFLED = torch.tensor([3, 8, 1, 9, 0, 7, 2, 5, 6, 4])  # place of the pixels in the image of `ten_units`
+
 
 def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """Ten pixels are the inputs of a linear layer; pixel j is j / 10, but for the seventh, which is 0.6 or 0.8 and
@@ -20,36 +22,34 @@ def ten_units() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     y = torch.arange(20) % 2
     x = (torch.arange(10) / 10).repeat(20, 1)
     x[:, 7] = 0.6 + 0.2 * y
-    shuffled = torch.tensor([3, 8, 1, 9, 0, 7, 2, 5, 6, 4])  # place of the pixels in the image
     with torch.no_grad():
         net[1].weight.fill_(1.0)
-        net[1].weight[0, (shuffled == 7).nonzero()] = 0.0
+        net[1].weight[0, (SHUFFLED == 7).nonzero()] = 0.0
         net[1].bias.copy_(torch.tensor([0.7, 0.0]))
-    return net, (x[:, shuffled].view(20, 1, 1, 10), y)
+    return net, (x[:, SHUFFLED].view(20, 1, 1, 10), y)
 
 
 def gone(net: nn.Module) -> list[int]:
     """The pixels whose columns are zero, by their order of activation."""
-    shuffled = torch.tensor([3, 8, 1, 9, 0, 7, 2, 5, 6, 4])
-    return sorted(shuffled[(net[1].weight == 0).all(0)].tolist())
+    return sorted(SHUFFLED[(net[1].weight == 0).all(0)].tolist())
 
 
-@pytest.mark.parametrize(("step", "expected"), [(1e-12, 7), (0.01, 7), (0.2, 6), (0.25, 6), (0.4, 4), (1.0, 0)])
-def test_the_last_step_within_the_tolerance_is_the_one_applied(step, expected):
+STEPS = {1e-12: 7, 0.01: 7, 0.2: 6, 0.25: 6, 0.4: 4, 1.0: 0}
+
+
+@pytest.mark.parametrize(("how", "expected"), [
+    *(({"once_prune_ratio": step}, gone) for step, gone in STEPS.items()),
+    ({"acc_ratio": 0.6}, 9),  # a tolerance that allows all leaves one unit
+])  # fmt: skip
+def test_the_last_step_within_the_tolerance_is_the_one_applied(how, expected):
     """Without the seventh pixel the accuracy falls from 100 to 50 %: steps of 1, 2, 3 (ceil of 2.5), 4 and 10 units
     stop before it. The public code goes one step further and, in each, one unit less far. The order is that of plain
     images even where tuning augments: a crop would shift the pixels."""
     net, data = ten_units()
-    fixed = FP(epochs=0, once_prune_ratio=step, augment=True).purify(net, data, session=quiet())
+    fixed = FP(epochs=0, augment=True, **how).purify(net, data, session=quiet())
     assert gone(fixed) == list(range(expected))
     kept = (fixed[1].weight != 0).any(0)
     assert torch.equal(fixed[1].weight[:, kept], net[1].weight[:, kept]) and torch.equal(fixed[1].bias, net[1].bias)
-
-
-def test_a_tolerance_that_allows_all_leaves_one_unit():
-    net, data = ten_units()
-    fixed = FP(epochs=0, acc_ratio=0.6, augment=False).purify(net, data, session=quiet())
-    assert gone(fixed) == list(range(9))
 
 
 def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
@@ -85,9 +85,8 @@ def test_the_last_layers_of_networks():
     assert names(small, "linear_input") == ["linear"] and names(small, "last_conv") == ["layer4.1.conv2"]
     resnet = unwrapped("resnet18", 10)
     assert names(resnet, "linear_input") == ["fc"] and names(resnet, "last_conv") == ["layer4.1.bn2"]
-    chain = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Flatten()
-    )
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True))
+    chain = nn.Sequential(*layers, nn.Flatten())
     assert names(chain, "last_conv", 8) == ["3", "4"] and names(chain[:2], "last_conv", 8) == ["0", "1"]
     assert all(not module._forward_hooks for module in chain.modules())
 
@@ -99,11 +98,8 @@ def test_a_pruned_channel_is_zero_behind_its_batch_norm():
     x = torch.rand(2, 3, 8, 8)
     before, pruned = net(x), torch.tensor([True, False, True, False])
     pruning.PruningLevel("half", {"1": pruned}).prune(net)
-    assert (
-        names(net, "last_conv", 8)[0] == "1"
-        and (net(x)[:, pruned] == 0).all()
-        and torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
-    )
+    assert names(net, "last_conv", 8)[0] == "1" and (net(x)[:, pruned] == 0).all()
+    assert torch.equal(net(x)[:, ~pruned], before[:, ~pruned])
 
 
 @pytest.mark.parametrize("unit", ["linear_input", "last_conv"])

@@ -1,8 +1,5 @@
 """NAD: attention maps by hand, the layers that it finds, the teacher's ways in, and what the student learns."""
 
-from functools import cache
-from pathlib import Path
-
 import pytest
 import safetensors.torch
 import torch
@@ -83,11 +80,8 @@ def test_the_layers_of_networks():
 
 def test_the_user_names_layers():
     model, x = Normalized(PreActResNet18(width=4)), torch.rand(1, 3, 32, 32)
-    assert attention_layers(model, x, ("layer2", "net.layer4", "avgpool")) == [
-        "net.layer2",
-        "net.layer4",
-        "net.avgpool",
-    ]
+    found = attention_layers(model, x, ("layer2", "net.layer4", "avgpool"))
+    assert found == ["net.layer2", "net.layer4", "net.avgpool"]
     inside = nn.Sequential(nn.Identity(), PreActResNet18(width=4))  # as a wrapper of the user's has it
     assert attention_layers(inside, x, ("layer4",)) == ["1.layer4"]
 
@@ -103,25 +97,15 @@ def test_without_attention_the_student_is_fine_tuned():
     assert all(not module._forward_hooks for module in on.modules())
 
 
-@cache
-def a_teacher() -> nn.Module:
-    return FT(epochs=2, lr_scheduler="constant", **SMALL).purify(tiny_net(), pair(), session=quiet())
-
-
-def stored(folder: Path) -> Path:
-    """A finished run whose network is the teacher."""
-    record = Record(folder / "run")
-    record.begin({}, {}, False)
-    record.save_tensors("model", a_teacher().state_dict())
-    record.finish({})
-    return record.path
-
-
 def test_a_teacher_is_read_from_a_file_or_a_folder(tmp_path):
     """It is the teacher that would have been trained, so the student is the same."""
     whole = NAD(te_epochs=2, epochs=1, **SMALL).purify(tiny_net(), pair(), session=quiet())
-    folder = stored(tmp_path)
-    for place in (folder, folder / "model.safetensors"):
+    teacher = FT(epochs=2, lr_scheduler="constant", **SMALL).purify(tiny_net(), pair(), session=quiet())
+    record = Record(tmp_path / "run")
+    record.begin({}, {}, False)
+    record.save_tensors("model", teacher.state_dict())
+    record.finish({})
+    for place in (record.path, record.path / "model.safetensors"):
         said: list[str] = []
         defense = NAD(epochs=1, teacher_model_loc=str(place), **SMALL)
         fixed = defense.purify(tiny_net(), pair(), session=Session(say=said.append))

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from toys import pair, quiet, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import BadNet
-from sau.data.images import Images
 from sau.defense import NC
 from sau.defense.nc import Patches, anomaly, unit
 from sau.evaluate import score
@@ -99,8 +97,8 @@ def test_a_class_stops_when_its_cost_went_both_ways_and_its_patch_no_longer_shri
 @pytest.mark.parametrize("group", [1, 3, 10])
 def test_the_gradient_of_an_update_is_that_of_the_formula(monkeypatch, group):
     """In float64, each class by itself; Adam would not see a wrong scale. A class that has stopped has none."""
-    net, (x, y) = tiny_net().double().requires_grad_(False), pair(8)
-    x, patches = x.double(), Patches(4, pair(1)[0], 0.01).double()
+    net, (x, y) = tiny_net().double().requires_grad_(False), pair(8, torch.float64)
+    patches = Patches(4, pair(1)[0], 0.01).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         patches.mask += torch.randn(patches.mask.shape, generator=generator, dtype=torch.float64)
@@ -199,15 +197,9 @@ def test_the_pictures_of_the_fine_tuning_by_hand():
     assert few.tolist() == [*y.tolist(), *y[9:].tolist()]  # one image at least
 
 
-@cache
-def badnet() -> tuple[nn.Module, Images, Images, Images]:
-    attack = BadNet(attack_target=2)
-    test = toy_images(200, seed=2)
-    return train_victim(attack, toy_images(400, seed=1)), toy_images(200, seed=3), test, attack.poison_test(test)
-
-
 def test_it_finds_the_patch_of_badnets_and_unlearns_it():
-    net, clean, test, triggered = badnet()
+    attack, clean, test = BadNet(attack_target=2), toy_images(200, seed=3), toy_images(200, seed=2)
+    net, triggered = train_victim(attack, toy_images(400, seed=1)), attack.poison_test(test)
     before = score(net, test, triggered)
     fixed, lines, _ = said(NC(nc_epoch=40, epochs=10, batch_size=50, augment=False), net, clean)
     after = score(fixed, test, triggered)

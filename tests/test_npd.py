@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import nn
-from toys import pair, quiet, same_weights, tiny_net, toy_images
+from toys import pair, quiet, same_weights, tiny_net
 
 from sau.defense import NPD
 from sau.defense.npd import held_losses, insert_polarizer, restore_polarizer
@@ -97,9 +97,7 @@ def test_a_step_weighs_the_losses():
     """One update by hand in double precision, from the search to the weights of polarizer and norm."""
     weights = {"weight_clean": 0.7, "weight_adv": 0.5, "weight_wrong": 0.3, "weight_target": 0.2}
     method = NPD(**weights, lr=0.1, wd=0.0, sgd_momentum=0.0, target_layer_name="features.3")
-    images = toy_images(8)
-    x, y = images.pixels.double() / 255, images.labels
-    net = tiny_net().double()
+    net, (x, y) = tiny_net().double(), pair(8, torch.float64)
     state = method.prepare(net, range(1))
     other = copy.deepcopy(net)
     report = method.step(state, x, y)
@@ -109,8 +107,7 @@ def test_a_step_weighs_the_losses():
     other.features[3].norm.train()
     both = other(torch.cat([x, x + delta]))  # the batch norm sees clean and perturbed images together
     z, z_adv = both[:8], both[8:]
-    p = z_adv.softmax(1)
-    rows = torch.arange(8)
+    p, rows = z_adv.softmax(1), torch.arange(8)
     others = p.clone()
     others[rows, answer] = 0
     logs = 0.3 * (1.0001 - others.max(1).values).log() + 0.2 * (1.0001 - p[rows, runner_up]).log()

@@ -2,7 +2,6 @@
 
 import math
 import typing
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,18 +33,11 @@ def as_typed(option: Option, value: float) -> Any:
     return (number,) * max(1, len(option.default)) if isinstance(option.default, tuple) else number
 
 
-def outside(option: Option) -> Iterator[Any]:
-    """Values next to the bounds that are not allowed."""
+def at_bounds(option: Option, allowed: bool) -> list[Any]:
+    """Values next to the bounds, or on them, that are allowed, or not."""
     step = 1 if scalar(option) is int else 1e-6
-    for name, bound in option.bounds.items():
-        yield as_typed(option, bound + {"ge": -step, "gt": 0, "le": step, "lt": 0}[name])
-
-
-def inside(option: Option) -> Iterator[Any]:
-    """Values next to the bounds, or on them, that are allowed."""
-    step = 1 if scalar(option) is int else 1e-6
-    for name, bound in option.bounds.items():
-        yield as_typed(option, bound + {"ge": 0, "gt": step, "le": 0, "lt": -step}[name])
+    off = {"ge": 0, "gt": step, "le": 0, "lt": -step} if allowed else {"ge": -step, "gt": 0, "le": step, "lt": 0}
+    return [as_typed(option, bound + off[name]) for name, bound in option.bounds.items()]
 
 
 @each_class
@@ -53,11 +45,11 @@ def test_every_bound_holds(cls):
     bounded = [option for option in options(cls).values() if option.range]
     assert bounded or not options(cls) or cls.__name__ == "BadNet"
     for option in bounded:
-        for value in outside(option):
+        for value in at_bounds(option, allowed=False):
             with pytest.raises(ConfigError) as refusal:
                 cls(**{option.name: value})
             assert all(part in str(refusal.value) for part in (option.name, repr(value), option.range))
-        assert [value for value in inside(option) if option.misfit(value) is not None] == []
+        assert [value for value in at_bounds(option, allowed=True) if option.misfit(value) is not None] == []
 
 
 @each_class

@@ -29,14 +29,7 @@ from sau.errors import DataError
 from sau.record.attack_result import AttackResult
 
 TINY, HEADER = "tiny-imagenet-200", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
-
-
-@pytest.fixture(autouse=True)
-def kept(monkeypatch, tmp_path_factory) -> Path:
-    """A cache folder of each test's own."""
-    place = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("SAU_CACHE", str(place))
-    return place
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def noise(seed: int, width: int = 9, height: int = 7) -> Image.Image:
@@ -255,7 +248,7 @@ BAD_TREES = [
 
 
 @pytest.mark.parametrize(("read", "spoil", "named"), BAD_TREES)
-def test_a_bad_tree_is_refused_and_the_file_named(read, spoil, named, tmp_path, kept):
+def test_a_bad_tree_is_refused_and_the_file_named(read, spoil, named, tmp_path):
     {gtsrb: make_gtsrb, tiny: make_tiny, folder: make_folder}[read](tmp_path)
     spoil(tmp_path)
     with refuses(DataError, named):
@@ -376,11 +369,11 @@ def blind(monkeypatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(decode, "read_image", fail)
 
 
-def test_the_second_start_decodes_nothing(tmp_path, blind, capsys, kept):
+def test_the_second_start_decodes_nothing(tmp_path, blind, capsys, own_cache):
     """Nor does one after the data set was moved; what is read back may be written to without harm."""
     first = folder(make_folder(tmp_path / "a"))
     out = capsys.readouterr().out
-    assert out.count("\n") == 2 and str(kept) in out
+    assert out.count("\n") == 2 and str(own_cache) in out
     blind()
     assert equal(folder(tmp_path / "a"), first)
     shutil.move(tmp_path / "a", tmp_path / "b")

@@ -7,16 +7,15 @@ import re
 import shutil
 from pathlib import Path
 
-import matplotlib
 import pytest
-from synthetic import NETWORK, attack, defense
+from synthetic import NETWORK, attack, defense, note
 from toys import REPOSITORY, refuses, the_error
 
 from sau.errors import RecordError, printable
 from sau.evaluate import Proportion, Score, der
 from sau.figures import scatter
 from sau.grid.store import load, save
-from sau.record.folder import Record, dump_manifest
+from sau.record.folder import Record
 from sau.report.cells import Section, TableCell, sections
 from sau.report.page import build
 from sau.report.results import MeanStd, find_results
@@ -24,7 +23,7 @@ from sau.report.tables import PairedComparison, as_csv, as_json, as_latex, mean_
 from sau.report.tables import comparable as chosen_alike
 from sau.report.tables import published_rows as compare
 
-matplotlib.use("Agg")
+RESULTS = REPOSITORY / "docs" / "results"
 
 
 def tables(root: Path, dataset: str | None = None) -> list[Section]:
@@ -36,11 +35,9 @@ def cells(root: Path) -> dict[tuple[str, ...], TableCell]:
     return {tuple(filter(None, (c.attack, c.attack_label, c.defense, c.label))): c for c in section.cells}
 
 
-def edit(path: Path, **values: object) -> None:
-    """Change the summary of a finished folder, and its manifest."""
-    found = json.loads((path / "summary.json").read_text())
-    (path / "manifest.json").unlink()
-    Record(path).finish({**found, **values})
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of all tables of a page, row by row."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
 def kept(root: Path) -> Path:
@@ -48,17 +45,6 @@ def kept(root: Path) -> Path:
     found = {str(one.parent.relative_to(root)): json.loads(one.read_text()) for one in root.rglob("summary.json")}
     save(root.with_suffix(".jsonl"), found)
     return root.with_suffix(".jsonl")
-
-
-def note(path: Path, summary: dict[str, object] | None = None, **facts: object) -> Path:
-    """Add facts to the configuration of a finished folder, and to its summary."""
-    record = Record(path)
-    record.check()
-    found = record.summary()
-    (path / "manifest.json").unlink()
-    record.update_config(**facts)
-    record.finish({**found, **(summary or {})})
-    return path
 
 
 def test_intervals_are_students_and_two_values_have_none():
@@ -77,7 +63,7 @@ def test_seeds_are_averaged_and_a_figure_that_one_lacks_has_no_mean(tmp_path):
     assert found["badnet", "none"].figures["acc"].values == (90, 91, 92)
     assert found["badnet", "sau"].figures["asr"].mean == 3
     assert found["badnet", "sau"].figures["before_acc"].mean == 90
-    edit(path, after={"acc": 88.0, "asr": 2.0})
+    note(path, {"after": {"acc": 88.0, "asr": 2.0}})
     found = cells(tmp_path)["badnet", "sau"]
     assert found.figures["racc"] is None and len(found.figures["acc"].values) == 3
 
@@ -112,10 +98,8 @@ def test_the_same_seed_twice_is_told_apart_by_the_folder(tmp_path):
 def test_data_sets_test_images_and_networks_are_sections(tmp_path, monkeypatch):
     attack(tmp_path, folder="a")
     attack(tmp_path, folder="b", dataset="gtsrb")
-    config = attack(tmp_path, folder="c", seed=1) / "config.yaml"
-    config.write_text(config.read_text().replace("2" * 64, "3" * 64))
-    files = [file for file in config.parent.iterdir() if file.is_file() and file.name != "manifest.json"]
-    (config.parent / "manifest.json").write_bytes(dump_manifest(files))
+    other = attack(tmp_path, folder="c", seed=1)
+    note(other, identity={**Record(other).check()["identity"], "test": "3" * 64})
     monkeypatch.setitem(NETWORK, "width", 64)
     attack(tmp_path, folder="d")
     titles = [section.title.replace(", preactresnet18 of width", "") for section in tables(tmp_path)]
@@ -139,12 +123,12 @@ BROKEN = {
     "differs from manifest.json": lambda path: (path / "metrics.jsonl").write_text("{}\n"),
     "not a result folder": lambda path: (path / "config.yaml").write_text("- 1\n"),
     "manifest.json is damaged": lambda path: (path / "manifest.json").write_text("[]"),
-    "acc is 'NaN'": lambda path: edit(path, acc="NaN"),
-    "acc is 'nan'": lambda path: edit(path, acc=float("nan")),
-    "asr is '100.5'": lambda path: edit(path, asr=100.5),
-    "seconds is": lambda path: edit(path, seconds=10**13),
-    "has no acc": lambda path: edit(path, acc=None),
-    "gate is": lambda path: edit(path, gate={"asr": "much", "passed": False}),
+    "acc is 'NaN'": lambda path: note(path, {"acc": "NaN"}),
+    "acc is 'nan'": lambda path: note(path, {"acc": float("nan")}),
+    "asr is '100.5'": lambda path: note(path, {"asr": 100.5}),
+    "seconds is": lambda path: note(path, {"seconds": 10**13}),
+    "has no acc": lambda path: note(path, {"acc": None}),
+    "gate is": lambda path: note(path, {"gate": {"asr": "much", "passed": False}}),
     "summary.json is missing": lambda path: (path / "summary.json").unlink(),
     "model.safetensors is missing or damaged": lambda path: (path / "model.safetensors").write_bytes(b"x"),
 }
@@ -322,8 +306,7 @@ def test_published_means_stand_beside_rows_that_were_chosen_alike(tmp_path, scri
             defense(attacked, name, seed, select=select, selection=select)
     assert [chosen_alike(*row) for row in (("fp", True), ("clp", False), ("fp", False), ("rnp", True))] == [1, 1, 0, 0]
     status, out, _ = script("tables.py", "table", str(tmp_path))
-    overview = [line.strip("| ").split(" | ") for line in out.partition("sau - rival")[0].splitlines() if "|" in line]
-    acc = {line[0]: line[5] for line in overview if len(line) > 5}
+    acc = {row[0]: row[5] for row in rows_of(out.partition("sau - rival")[0]) if len(row) > 5}
     assert status == 0 and (acc["fp (oracle)"], acc["fp"]) == ("91.31", "-")
     assert (acc["clp"], acc["clp (oracle)"], acc["sau"]) == ("90.07", "-", "89.31")
 
@@ -348,11 +331,10 @@ def test_tables_are_written_between_the_marks_of_a_page(rivals, tmp_path, script
 
 
 def test_the_kept_tables_are_those_of_the_kept_summaries(script):
-    results = REPOSITORY / "docs" / "results"
-    _, out, _ = script("tables.py", "table", str(results / "table1_cpu.jsonl"), "--dataset", "cifar10")
-    page = (results / "table1_cpu.md").read_text().replace("\n\n\n", "\n\n")
+    _, out, _ = script("tables.py", "table", str(RESULTS / "table1_cpu.jsonl"), "--dataset", "cifar10")
+    page = (RESULTS / "table1_cpu.md").read_text().replace("\n\n\n", "\n\n")
     assert f"<!-- table -->\n\n{out.rstrip()}\n\n<!-- /table -->" in page
-    assert as_csv(tables(results / "table1_cpu.jsonl", "cifar10")) == (results / "table1_cpu.csv").read_text()
+    assert as_csv(tables(RESULTS / "table1_cpu.jsonl", "cifar10")) == (RESULTS / "table1_cpu.csv").read_text()
 
 
 @pytest.mark.parametrize("name", ["fp32_cpu", "gpu", "cifar10_cpu"])
@@ -360,24 +342,19 @@ def test_rows_of_a_page_are_those_that_its_command_prints(name, script):
     """A page may leave out rows and columns."""
 
     def table(text: str) -> list[dict[str, str]]:
-        lines = text[text.index("| attack | defense |") :].partition("\n\n")[0].splitlines()
-        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        head, _, *rows = rows_of(text[text.index("| attack | defense |") :].partition("\n\n")[0])
         return [dict(zip(head, row, strict=True)) for row in rows]
 
-    results = REPOSITORY / "docs" / "results"
-    shown = table((results / f"{name}.md").read_text())
-    printed = table(script("tables.py", "seeds", str(results / f"{name}.jsonl"))[1])
+    shown = table((RESULTS / f"{name}.md").read_text())
+    printed = table(script("tables.py", "seeds", str(RESULTS / f"{name}.jsonl"))[1])
     assert shown and all(any(row.items() <= line.items() for line in printed) for row in shown)
 
 
 def test_the_means_of_the_readme_are_those_of_the_kept_table():
-    def rows(text: str, columns: int) -> list[list[str]]:
-        lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
-        return [line for line in lines if len(line) == columns]
-
-    text = (REPOSITORY / "docs" / "results" / "table1_cpu.md").read_text().partition("sau - rival")[0]
-    theirs = {row[0]: row[1:5] for row in rows(text, 17)}
-    ours = {row[0]: row[1:5] for row in rows((REPOSITORY / "README.md").read_text().partition("## Results")[2], 6)}
+    text = (RESULTS / "table1_cpu.md").read_text().partition("sau - rival")[0]
+    theirs = {row[0]: row[1:5] for row in rows_of(text) if len(row) == 17}
+    text = (REPOSITORY / "README.md").read_text().partition("## Results")[2]
+    ours = {row[0]: row[1:5] for row in rows_of(text) if len(row) == 6}
     assert {"none", "sau", "fst"} <= set(ours)
     for name in set(ours) - {"defense", "---"}:
         assert ours[name] == theirs[name], name
@@ -446,9 +423,6 @@ def test_a_point_lies_where_its_figures_are(tmp_path):
     assert scatter(tables(tmp_path)[0]) is None
 
 
-RESULTS = REPOSITORY / "docs" / "results"
-
-
 def summary(hits: int) -> dict[str, object]:
     return {**Score(Proportion(hits, 100), Proportion(3, 90), Proportion(80, 90)).summary(), "seconds": 1.5}
 
@@ -494,8 +468,8 @@ def test_the_results_of_the_documentation_are_few_files():
     assert all(load(file) for file in sorted(RESULTS.glob("*_cpu.jsonl")))
 
 
-def test_an_audit_is_read_from_its_line(script, tmp_path):
-    status, out, _ = script("audits.py", str(RESULTS / "audit.jsonl" / "badnet_s0"), "--out", str(Path("x")))
+def test_an_audit_is_read_from_its_line(script):
+    status, out, _ = script("audits.py", str(RESULTS / "audit.jsonl" / "badnet_s0"), "--out", "x")
     assert status == 0 and "| control |" in out
     status, _, err = script("audits.py", str(RESULTS / "audit.jsonl" / "nobody"), "--out", "x")
     assert status == 2 and "nobody" in the_error(err)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import tiny_net, toy_images
+from toys import pair, tiny_net, toy_images
 
 from sau import device, graphs
 from sau.attack import ATTACKS, Attack, BadNet, InputAware, WaNet
@@ -181,16 +181,16 @@ def test_what_cuda_refuses_leaves_stream_and_generator_as_they_were(draws):
 @pytest.mark.parametrize("draw", [random.random, np.random.random, lambda: torch.rand(1)])
 def test_a_step_that_draws_on_the_cpu_is_not_captured(draw, replays, monkeypatch):
     monkeypatch.setattr(graphs, "_cpu_rng_state", RNG)
-    lines, images = list[str](), toy_images(8)
+    lines = list[str]()
     step = microbatched(FT(), prepared(FT(), CPU), lines, lambda *batch: (draw(), FT().step(*batch))[1])
-    step(to_float(images.pixels), images.labels)
+    step(*pair(8))
     assert not step.graphed.enabled and lines == [NOT + "it draws random numbers on the CPU"]
 
 
 def test_graphs_keep_memory_so_few_shapes_have_one(replays):
-    step, images = microbatched(FT(), prepared(FT(), CPU), []), toy_images(16)
+    step = microbatched(FT(), prepared(FT(), CPU), [])
     for n in [*range(2, 12)] * 2:
-        step(to_float(images.pixels[:n]), images.labels[:n])
+        step(*pair(n))
     assert len(step.graphed.graphs) == graphs.MAX_GRAPHS == len(replays)
 
 
@@ -253,11 +253,10 @@ def test_memory_of_graphs_is_freed_before_a_batch_is_split(replays):
             raise torch.OutOfMemoryError("injected")
         return method.step(state, x, y)
 
-    whole, images = microbatched(method, prepared(method, CPU), lines, step), toy_images(8)
-    x, y = to_float(images.pixels), images.labels
-    whole(x[:5], y[:5])
+    whole = microbatched(method, prepared(method, CPU), lines, step)
+    whole(*pair(5))
     full[0] = True
-    whole(x, y)
+    whole(*pair(8))
     assert whole.parts == 1 and not whole.graphed.enabled and not whole.graphed.graphs
     assert lines[1:] == [NOT + "its memory is needed"]
 
@@ -298,9 +297,9 @@ def in_memory_of(method: TrainingDefense, most: int, count: int = 3) -> tuple[Fu
     """A network after `count` updates from 15 images, what they reported and printed."""
     torch.manual_seed(0)
     full, lines = Full(Normalized(PreActResNet18(4, width=4), (0.5,) * 3, (0.25,) * 3).double(), 1000), list[str]()
-    step, images = microbatched(method, method.prepare(full, range(count)), lines), toy_images(15)
+    step = microbatched(method, method.prepare(full, range(count)), lines)
     full.most = most
-    return full, [step(to_float(images.pixels).double(), images.labels) for _ in range(count)], lines
+    return full, [step(*pair(15, torch.float64)) for _ in range(count)], lines
 
 
 @pytest.mark.parametrize("most", [8, 4, 1])

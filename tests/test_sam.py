@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from released_sau import ReleasedSAU
 from torch import nn
-from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net, toy_images
+from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net
 
 from sau.attack import BadNet
 from sau.defense import FTSAM, SAUSAM
@@ -65,8 +65,7 @@ def test_statistics_are_kept_and_those_of_the_batch_used():
 )
 def test_a_step_is_the_papers_in_double_precision(adaptive, alpha, share):
     """w - lr * (gradient at w + e), by functional calls; statistics of one batch. Last, of a resilient attack."""
-    net, images = tiny_net().double().train(), toy_images(8)
-    x, y = images.pixels.double() / 255, images.labels
+    net, (x, y) = tiny_net().double().train(), pair(8, torch.float64)
     how, attack = {"lr": 0.1, "sgd_momentum": 0.0, "wd": 0.0, "lr_scheduler": "constant"}, BadNet(resilient_rho=0.7)
     method = FTSAM(rho=0.7, adaptive=adaptive, alpha=alpha, **how) if share else attack
     weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}

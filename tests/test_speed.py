@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import QUICK, VICTIM, quiet, tiny_net, toy_images
+from toys import QUICK, VICTIM, pair, quiet, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
-from sau.data.images import Augment, to_float
+from sau.data.images import Augment
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
 from sau.loop import Limit, Session
 from sau.models import Normalized, PreActResNet18
@@ -25,11 +25,6 @@ from sau.verify import verify
 def network(amp: bool = False) -> Normalized:
     torch.manual_seed(0)
     return Normalized(PreActResNet18(4, width=4), (0.5,) * 3, (0.25,) * 3, amp)
-
-
-def batch(n: int = 16) -> tuple[Tensor, Tensor]:
-    images = toy_images(n)
-    return to_float(images.pixels), images.labels
 
 
 class Reads(TorchDispatchMode):
@@ -59,7 +54,7 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
     if isinstance(method, SAU):
         monkeypatch.setattr(state["_reference"], "compiled", "default")
         monkeypatch.setattr(state["_reference"], "_compiled_net", id(state["_reference"].net))
-    x, y = batch()
+    x, y = pair(16)
     place, images = loop._Place(), toy_images(20).batches(8, seed=0, augment=Augment(flip=True))
     method.step(state, x, y)  # optimisers make their state in the first one
     with Reads() as reads:

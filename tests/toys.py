@@ -97,11 +97,11 @@ def quiet() -> Session:
     return Session(say=lambda text: None)
 
 
-def train_victim(attack: Attack, images: Images, *, epochs: int = 20, seed: int = 0) -> nn.Module:
-    """A tiny network trained on poisoned toy pictures, in about a second."""
-    net = tiny_net(images.num_classes, images.pixels.shape[1], seed)
-    recipe = Training(epochs=epochs, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
-    return attack.fit(net, attack.poison_train(images, 0), recipe, seed=seed, session=quiet())
+def train_victim(attack: Attack, images: Images, net: nn.Module | None = None) -> nn.Module:
+    """A tiny network, or another one, trained on poisoned toy pictures, in about a second."""
+    net = tiny_net(images.num_classes, images.pixels.shape[1]) if net is None else net
+    recipe = Training(epochs=20, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
+    return attack.fit(net, attack.poison_train(images, 0), recipe, seed=0, session=quiet())
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -203,10 +203,10 @@ def own_answers(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, net(x).argmax(1)
 
 
-def pair(n: int = 20, **how) -> tuple[Tensor, Tensor]:
+def pair(n: int = 20, dtype: torch.dtype = torch.float32, **how) -> tuple[Tensor, Tensor]:
     """Float pictures in [0, 1] and their labels."""
     images = toy_images(n, **how)
-    return to_float(images.pixels), images.labels
+    return to_float(images.pixels).to(dtype), images.labels
 
 
 def triples(pixels: Tensor, labels: Tensor, **how) -> DataLoader:
