@@ -24,6 +24,8 @@ class Row:
     pictures: bool = True
 
 
+# No threshold of its own would prune some channels of all the networks of the tests.
+SEARCH = {"pruning_number": None, "pruning_max": 1.0, "pruning_step": 0.02, "acc_ratio": 0.99}
 ROWS = {
     "sau": Row(SAU(epochs=2, batch_size=8, lr=0.01, adv_steps=2)),
     "sau-sam": Row(SAUSAM(epochs=2, batch_size=8, lr=0.01, rho=0.5)),
@@ -42,19 +44,7 @@ ROWS = {
     "nc": Row(NC(epochs=1, batch_size=8, nc_epoch=2, index_threshold=0.0), rounds=False),
     "fp": Row(FP(epochs=1, batch_size=8, lr=0.01), rounds=False),
     "nad": Row(NAD(te_epochs=1, epochs=1, batch_size=8, lr=0.01), rounds=False),
-    "rnp": Row(
-        RNP(
-            batch_size=8,
-            unlearning_epochs=1,
-            recovering_epochs=2,
-            recovering_lr=8.0,
-            pruning_number=None,  # no threshold of its own would prune some channels of all the networks below
-            pruning_max=1.0,
-            pruning_step=0.02,
-            acc_ratio=0.99,
-        ),
-        rounds=False,
-    ),
+    "rnp": Row(RNP(batch_size=8, unlearning_epochs=1, recovering_epochs=2, recovering_lr=8.0, **SEARCH), rounds=False),
 }
 
 

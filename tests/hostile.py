@@ -135,9 +135,9 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
 EVENTS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.remove", "os.rename", "subprocess.", "socket.")
 
 
-def watched(calls: str, places: list[Path]) -> str:
-    """A program that opens each of `places` in turn by `calls` (with `path` for it) and prints what Python's audit hook
-    saw beside reading: programs started, sockets, files opened for writing, renamed or removed."""
+def watched(places: list[Path]) -> str:
+    """A program that opens each of `places` in turn in three ways and prints what Python's audit hook saw beside
+    reading: programs started, sockets, files opened for writing, renamed or removed."""
     return f"""
 import sys
 from pathlib import Path
@@ -151,8 +151,9 @@ def watch(event, arguments):
         print("event", event, arguments[:1])
 sys.addaudithook(watch)
 for path in map(Path, {[str(place) for place in places]!r}):
-    try:
-        {calls}
-    except RecordError as error:
-        print("refused", error)
+    for read in (lambda path: torch_file.load(path, torch_file.content(path)), weights.read, inspect.inspect):
+        try:
+            read(path)
+        except RecordError as error:
+            print("refused", error)
 """

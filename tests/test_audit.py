@@ -362,8 +362,7 @@ def test_the_script_audits_a_grids_records_and_their_audits_are_compared(victim,
 
 
 def test_the_script_does_without_a_control_what_can_be_done(victim, script):
-    flags = ("--result_file", "victim", "--shots", "1", "--epochs", "1", "--samples", "40", "--threads", "1",
-             "--steps", "1", "--eps", "0.05")  # fmt: skip
+    flags = ("--result_file", "victim", *BRIEF)
     status, out, _ = script("audit.py", *flags, "--out", "elsewhere")
     assert status == 0 and out.startswith("note: --control is missing") and "existence" not in out
     assert Path("elsewhere/audit.png").stat().st_size > 0

@@ -99,16 +99,12 @@ def test_lists_of_a_real_folder(theirs, original, cifar10):
 def test_logits_and_scores_of_a_real_folder(original, cifar10):
     found, expected = backdoorbench.read(original), json.loads((original / "expected.json").read_text())
     model, test = found.model(), cifar10[1][torch.arange(200)]
-    sets = {"clean": (test.pixels, test.labels)}
-    sets["bd"] = (found.triggered.pixels, found.triggered.labels)
-    sets["ra"] = (found.triggered.pixels, found.triggered.true_labels)
-    logits = {name: model(to_float(pixels)) for name, (pixels, _) in sets.items() if name != "ra"}
-    logits["ra"] = logits["bd"]
-    for name in ("clean", "bd"):
-        wanted = torch.tensor(expected[f"{name}_logits"])
-        assert torch.allclose(logits[name][:8], wanted, rtol=0, atol=1e-4)
-    for name, (_, labels) in sets.items():
-        losses = [F.cross_entropy(x, y) for x, y in zip(logits[name].split(128), labels.split(128), strict=True)]
+    clean, triggered = (model(to_float(images.pixels)) for images in (test, found.triggered))
+    for name, logits in (("clean", clean), ("bd", triggered)):
+        assert torch.allclose(logits[:8], torch.tensor(expected[f"{name}_logits"]), rtol=0, atol=1e-4)
+    answers = {"clean": (clean, test.labels), "bd": (triggered, found.triggered.labels)}
+    for name, (logits, labels) in {**answers, "ra": (triggered, found.triggered.true_labels)}.items():
+        losses = [F.cross_entropy(x, y) for x, y in zip(logits.split(128), labels.split(128), strict=True)]
         assert float(sum(losses)) / len(losses) == pytest.approx(expected["losses_mean_over_batches"][name], abs=1e-4)
     result = score(model, test, found.triggered)
     assert (result.acc.hits, result.acc.total) == (45, 200)

@@ -99,8 +99,7 @@ def test_flags_under_all_their_names():
 
 def test_a_switch_needs_no_value():
     assert small("--strict").strict and small("--strict", "--lr", "1").strict and not small("--strict", "false").strict
-    run, method = Settings("x", SAU, (DefenseRun, SAU), ["--train_mode"]).settle("paper", "cifar10")
-    assert method.train_mode is True
+    assert asked(["--train_mode"])[1].train_mode is True
 
 
 @pytest.mark.parametrize(("argv", "words"), [

@@ -1,13 +1,12 @@
 """Figures: what they show is what was measured."""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from synthetic import attack, defense
-from toys import QUICK, tiny_net, toy_images
+from toys import QUICK, rows, tiny_net, toy_images
 
 from sau.data import images as data
 from sau.data.images import Images, to_float
@@ -37,14 +36,14 @@ def test_the_command_draws_every_figure_as_png_and_svg(victim, here, script, mon
     assert {file.name for file in (victim / "figures").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg")}
     assert {Path(line).name for line in out.split()} == {file.name for file in (victim / "figures").iterdir()}
     tracked = Record(victim / "defense" / "sau")
-    rows = [json.loads(line) for line in (tracked.path / "metrics.jsonl").read_text().splitlines()]
+    rounds = rows(tracked.path)
     before = tracked.summary()["risk"]["before"]
     found = lines(risks([tracked]).axes[0])
     assert set(found) == {label for label, _, _ in RISKS.values()}
     for name in ("r_adv", "r_share", "r_bd"):
-        assert found[RISKS[name][0]] == ([0, 1, 2], [before[name], *(row[name] for row in rows)])
+        assert found[RISKS[name][0]] == ([0, 1, 2], [before[name], *(row[name] for row in rounds)])
     top = types([tracked]).axes[0].collections[-1].get_datalim(plt.gca().transData).y1
-    assert top == pytest.approx(max(sum(row[f"type{i}"] for i in (1, 2, 3)) for row in [before, *rows]), abs=0.1)
+    assert top == pytest.approx(max(sum(row[f"type{i}"] for i in (1, 2, 3)) for row in [before, *rounds]), abs=0.1)
     left, right = curves(tracked).axes
     assert set(lines(left)) == {"loss", "clean loss", "shared loss"}
     asr, summary = lines(right)["ASR"][1], tracked.summary()

@@ -1,10 +1,9 @@
 """The gate of an attack: the ASR that it must have before a defense of it says anything."""
 
-import json
 import re
 
 import pytest
-from toys import QUICK, REPOSITORY
+from toys import QUICK, REPOSITORY, summary
 
 from sau.attack import ATTACKS, BadNet
 from sau.errors import RecordError
@@ -13,10 +12,6 @@ from sau.record import attack_result
 
 ATTACK = ("--dataset", "digits", "--width", "2", "--epochs", "0", "--save_folder_name", "a", *QUICK)
 DEFENSE = ("defense", "ft", "--result_file", "a", "--epochs", "0", *QUICK)
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
 
 
 def warnings(out):

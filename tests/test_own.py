@@ -261,7 +261,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(net, pictures, tmp_path)
     for name in ("killed", "whole"):
         run = [*argv, "--save_folder_name", name]
         done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and done.stderr == "", done.stderr
         assert ("round 1/4" in done.stdout) == (name == "whole")  # the first one went on
         found.append(safetensors.torch.load_file(tmp_path / "record" / name / "model.safetensors"))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())

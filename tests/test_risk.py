@@ -1,12 +1,11 @@
 """The risks: exact where the maxima have closed forms, and ordered as the paper says."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from toys import QUICK, refuses, tiny_net, toy_images
+from toys import QUICK, refuses, rows, summary, tiny_net, toy_images
 
 from sau.data.images import Images, sample
 from sau.errors import ConfigError, DataError, TrainingError
@@ -226,6 +225,8 @@ def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
         (origin,) = (data.pixels == clean.pixels[at]).flatten(1).all(1).nonzero()
         assert torch.equal(triggered.pixels[triggered.index == origin][0], left.pixels[i])
     assert not torch.equal(clean.pixels, sample(data, triggered, 25, seed=4)[0].pixels)
+    with refuses(ConfigError, "samples is 0"):
+        sample(data, None, 0)
     everything, same = sample(data, triggered, 1000)
     assert len(everything) == len(data) and torch.equal(same.index, triggered.index)
 
@@ -278,11 +279,6 @@ def test_a_step_of_the_search_by_hand(values):
         torch.testing.assert_close(moved.flatten(1), 0.01 * direction, rtol=1e-4, atol=1e-7)
 
 
-def tracked(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return rows, json.loads((folder / "summary.json").read_text())["risk"]
-
-
 TRACK = ("--track_risk", "true", "--risk_samples", "60", "--risk_steps", "2", "--risk_eps", "0.1", *QUICK)
 
 
@@ -295,11 +291,11 @@ def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here,
     status, out, err = here(*flags, *TRACK, "--overwrite")
     assert (status, err) == (0, "") and "r_share" in out
     assert (victim / "defense" / "sau" / "model.safetensors").read_bytes() == plain
-    rows, risk = tracked(victim / "defense" / "sau")
+    found, risk = rows(victim / "defense" / "sau"), summary(victim / "defense" / "sau")["risk"]
     names = {"r_cl", "r_bd", "r_adv", "r_share", "r_share_sau", "type1", "type2", "type3", "train_type1"}
-    for row in rows:
+    for row in found:
         assert names <= set(row) and row["r_share"] <= row["r_adv"]
-    assert rows[-1]["r_adv"] == risk["after"]["r_adv"] and rows[-1]["r_bd"] == risk["after"]["r_bd"]
+    assert found[-1]["r_adv"] == risk["after"]["r_adv"] and found[-1]["r_bd"] == risk["after"]["r_bd"]
     assert risk["before"]["r_cl_count"][1] == 60 and risk["before"]["r_bd_count"][1] < 60
     assert risk["search"] == {"norm": "L_inf", "eps": 0.1, "steps": 2, "step_size": None, "restarts": 2}
     # The network in question is the reference itself: what fools one fools both.
@@ -323,11 +319,14 @@ def broken() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize(("error", "make", "data"), [
-    (DataError, tiny_net, toy_images(8)[torch.arange(0)]),
-    (TrainingError, broken, toy_images(8)),
-    (ConfigError, lambda: nn.Sequential(tiny_net(), nn.Softmax(1)), toy_images(8)),
-], ids=["none", "NaN", "softmax"])  # fmt: skip
-def test_what_has_no_risks_is_refused(error, make, data):
-    with refuses(error):
-        measure(make(), make(), data, search=Search(steps=1))
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("count", "error", "word", "make"), [
+    (0, DataError, "", lambda: (tiny_net(), tiny_net())),
+    (8, TrainingError, "", lambda: (broken(), broken())),
+    (8, ConfigError, "", lambda: 2 * (nn.Sequential(tiny_net(), nn.Softmax(1)),)),
+    (8, DataError, "4 and 3 classes", lambda: (tiny_net(), tiny_net(3))),
+    (8, DataError, "device meta", lambda: (tiny_net(), tiny_net().to("meta"))),
+], ids=["none", "NaN", "softmax", "classes", "devices"])  # fmt: skip
+def test_what_has_no_risks_is_refused(count, error, word, make):
+    with refuses(error, word):
+        measure(*make(), toy_images(8)[torch.arange(count)], search=Search(steps=1))

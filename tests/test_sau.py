@@ -382,7 +382,3 @@ def test_outer_mask() -> None:
     for mask, expected in (("moved", 0.0), ("wrong", 6.0025)):
         method = SAU(outer_mask=mask)  # type: ignore[arg-type]
         assert method.step(lines(method, 0.5, 0.5), x, y)["shared_loss"].item() == pytest.approx(expected, abs=1e-3)
-
-
-def test_an_update_of_several_outer_steps_is_not_split() -> None:
-    assert SAU(outer_steps=1).supports_microbatch() and not SAU(outer_steps=2).supports_microbatch()

@@ -108,7 +108,7 @@ def test_a_device_that_is_not_there_is_refused(name, script, monkeypatch):
     ("tables.py", ("radii", "victim", "nobody"), "nobody"),
     ("figures.py", ("victim", "--defense", "nobody"), "nobody"),
 ])  # fmt: skip
-def test_bad_arguments_are_refused_before_anything_is_made(name, flags, word, script, victim, monkeypatch):
+def test_bad_arguments_are_refused_before_anything_is_made(name, flags, word, script, victim):
     before = sorted(victim.parents[1].rglob("*"))
     more = ("--record_root", str(victim.parent)) if "victim" in flags else ()
     status, out, err = script(name, *flags, *more)

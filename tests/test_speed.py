@@ -1,6 +1,5 @@
 """What makes runs fast or ends them in time: no waiting for the device, compiled networks, limits."""
 
-import json
 import time
 from dataclasses import fields
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import QUICK, VICTIM, pair, quiet, tiny_net, toy_images
+from toys import QUICK, VICTIM, pair, quiet, rows, tiny_net, toy_images
 
 from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
@@ -155,7 +154,7 @@ def test_a_run_ends_in_time_and_its_record_says_so(here, tmp_path, monkeypatch):
     assert Record(folder).summary()["ended_early"] == "epoch 2 of 4, before batch 5 of 11"
     assert config["notes"][-1] == "ended early, epoch 2 of 4, before batch 5 of 11"
     assert config["digest"] == digest(config["identity"]) and "ended_early" in config["identity"]
-    assert [json.loads(row)["epoch"] for row in (folder / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [row["epoch"] for row in rows(folder)] == [1]
     calls = iter(range(1000))
     monkeypatch.setattr(Limit, "reached", lambda self: next(calls) == 4)
     flags = ("--result_file", "a", *QUICK, "--ratio", "0.5", "--batch_size", "512", "--epochs", "7")

@@ -1,5 +1,6 @@
 """Small data, small networks and the command line: what several test files need."""
 
+import json
 import os
 import signal
 import subprocess
@@ -160,6 +161,16 @@ def the_error(stderr: str) -> str:
     return lines[0]
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    """That of a result folder, whether it is finished or not."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The figures of each epoch or round of a result folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def red_corner(x: Tensor) -> Tensor:
     """The trigger of `planted`: a red corner of 3x3 pixels on float pictures [B, 3, H, W]."""
     stamped = x.clone()
@@ -167,9 +178,7 @@ def red_corner(x: Tensor) -> Tensor:
     return stamped
 
 
-def planted(
-    share: float = 0.05,
-) -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def planted(share: float = 0.05) -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """A network in eval mode whose channel 5, and none of the other 23, answers to a red corner; trained in about a
     second on grey pictures of which `share` have that corner and the label 0.
 
