@@ -152,8 +152,8 @@ def test_the_decoder_learns_from_images_of_8_bits_and_the_encoder_through_them()
 
 
 def test_the_code_survives_the_clip_and_8_bits():
-    """On images with many values at 0 and 1; the encoder that learned from floats lost it there."""
-    attack = fit(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 80}), black_and_white(32))
+    """On images with many values at 0 and 1; the encoder that learned from floats lost it there, 78 % are left."""
+    attack = fit(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 55}), black_and_white(32))
     assert attack.trigger.figures["percent_of_bits_right"] > 95 and attack.trigger.figures["w"] == 10
 
 
