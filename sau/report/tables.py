@@ -156,11 +156,12 @@ def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str
     for cell in section.cells:
         if not cell.dead:
             groups[cell.name].append(cell)
-    found = []
-    for own in groups.values():
-        for name, rival in groups.items() if own[0].defense == defense and not own[0].oracle else ():
+    found, ours = [], [own for own in groups.values() if own[0].defense == defense and not own[0].oracle]
+    for own in ours:
+        label = f", {own[0].label}" * (len(ours) > 1)  # ours, where it ran with several settings
+        for name, rival in groups.items():
             if rival[0].defense not in (defense, NONE) and (comparison := _compare(own, rival)):
-                found.append((name, rival[0].oracle, comparison))
+                found.append((name + label, rival[0].oracle, comparison))
     return sorted(found, key=lambda item: (item[1], item[2].der.mean))
 
 
