@@ -74,10 +74,6 @@ def _scalar(kind: Any, content: Any) -> Any:
     return Inert() if kind.dtype is None else np.frombuffer(content, kind.dtype)[0].item()
 
 
-def _dict(*args: Any) -> dict[Any, Any]:
-    return {}  # of a defaultdict; its items follow
-
-
 _INERT = """
 argparse.Namespace builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
 datetime.date datetime.datetime datetime.timedelta pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
@@ -86,7 +82,8 @@ pathlib._local.PosixPath torch.torch_version.TorchVersion types.SimpleNamespace
 _ARRAYS = "numpy.ndarray numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct".split()
 _SCALARS = "numpy.core.multiarray.scalar numpy._core.multiarray.scalar".split()
 ALLOWED: list[Any] = [*((Inert, name) for name in _INERT), *((Array, name) for name in _ARRAYS)]
-ALLOWED += [*((_scalar, name) for name in _SCALARS), (_dict, "collections.defaultdict"), (_Type, "numpy.dtype")]
+ALLOWED += [*((_scalar, name) for name in _SCALARS), (_Type, "numpy.dtype")]
+ALLOWED += [(lambda *args: {}, "collections.defaultdict")]  # its items follow
 
 
 def content(path: Path) -> bytes:
