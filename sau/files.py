@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 from filelock import FileLock, Timeout
 
-from sau.errors import DataError, FaultError, LockedError, RecordError, os_error
+from sau.errors import DataError, LockedError, RecordError, os_error
 
 MOST = 10**12  # of any figure in a file; seconds and megabytes come nearest
 SMALL = 16 << 20  # bytes of a text file of a record
@@ -114,9 +114,6 @@ def write(path: Path, content: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            need = f"{len(content):,} bytes needed; free some and start again to resume"
-            raise FaultError(f"no room for {path}: {need}") from None
         raise os_error(error, f"cannot write {path}: {error}") from None
     finally:
         if temporary is not None:
@@ -139,19 +136,16 @@ WAIT = 0.5  # seconds that `acquire` waits, longer than `in_use` takes
 _locks: dict[Path, FileLock] = {}  # of the folders that this process has locked
 
 
-def acquire(folder: Path) -> bool:
-    """Lock `folder` for this process; False if this process has it already.
+def acquire(folder: Path) -> None:
+    """Lock `folder` for this process, which may have it already.
 
-    Raises:
-        LockedError: another process uses it.
-        RecordError: the lock file cannot be written, or is a link.
+    LockedError if another process uses it, RecordError if the lock file cannot be written, or is a link.
     """
-    if _resolve(folder) in _locks:
-        return False
-    if (lock := _lock(folder, WAIT)) is None:
-        raise LockedError(f"{folder} is in use by another process; wait for it or stop it")
-    _locks[_resolve(folder)] = lock
-    return True
+    place = _resolve(folder)
+    if place not in _locks:
+        if (lock := _lock(folder, WAIT)) is None:
+            raise LockedError(f"{folder} is in use by another process; wait for it or stop it")
+        _locks[place] = lock
 
 
 def release(folder: Path) -> None:

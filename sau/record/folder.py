@@ -43,7 +43,6 @@ class Record:
         self.config: Config = {}
         self.started = time.monotonic()
         self.earlier: float | None = None  # seconds before the checkpoint that was loaded first
-        self._changed = False  # whether `config` differs from the file
 
     @property
     def finished(self) -> bool:
@@ -63,12 +62,11 @@ class Record:
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
         folder, RecordError if the run may neither start nor resume.
         """
-        new = acquire(self.path)
+        acquire(self.path)
         try:
             self.config = self._interrupted(as_json(identity), overwrite)
         except RecordError:
-            if new:
-                release(self.path)
+            release(self.path)
             raise
         return bool(self.config)
 
@@ -108,7 +106,6 @@ class Record:
         if not (self.path / CHECKPOINT).is_file():
             (self.path / METRICS).unlink(missing_ok=True)
         self.update_config(schema=SCHEMA, digest=digest(identity), identity=identity, **config)
-        self._write_config()
 
     def _holds_only(self, *names: str) -> bool:
         """Whether nothing else is there, except what a killed first write left."""
@@ -124,14 +121,9 @@ class Record:
                 entry.unlink()
 
     def update_config(self, **facts: Any) -> None:
-        """Add facts for `config.yaml`; they are written when training begins, with checkpoints, and at the end."""
+        """Add facts to `config.yaml`."""
         self.config.update(as_json(facts))
-        self._changed = True
-
-    def _write_config(self) -> None:
-        if self._changed:
-            write(self.path / CONFIG, dump_config(self.config))
-            self._changed = False
+        write(self.path / CONFIG, dump_config(self.config))
 
     def log(self, text: str) -> None:
         """Print a line and append it to `log.txt`."""
@@ -146,7 +138,6 @@ class Record:
 
     def save(self, place: dict[str, Any]) -> None:
         """Write a checkpoint with the rows so far, its SHA-256 in front."""
-        self._write_config()
         buffer = io.BytesIO()
         torch.save({**place, "rows": self.rows, "seconds": self.seconds}, buffer)
         content = buffer.getvalue()
@@ -154,7 +145,6 @@ class Record:
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None; rows that came after it are dropped, because their epochs run again."""
-        self._write_config()
         file = self.path / CHECKPOINT
         if not file.is_file():
             self.earlier = self.earlier or 0.0
@@ -191,7 +181,6 @@ class Record:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and last the manifest, which closes the folder; drop the checkpoint and the lock."""
-        self._write_config()
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         write(self.path / MANIFEST, dump_manifest([file for file in self._files() if file.name != CHECKPOINT]))
         (self.path / CHECKPOINT).unlink(missing_ok=True)
@@ -254,7 +243,9 @@ def read_config(file: Path) -> Config:
     if not valid:
         got = f"{file.parent} is not a result folder of sau (no valid {file.name})"
         raise RecordError(f"{got}; choose another --save_folder_name")
-    _check_version(config["schema"], file.parent)
+    if config["schema"] != SCHEMA:
+        version = f"schema {config['schema']!r}, this version reads {SCHEMA}"
+        raise RecordError(f"{file.parent} has {version}; use the sau that wrote it")
     return config
 
 
@@ -267,12 +258,10 @@ def dump_manifest(files: list[Path]) -> bytes:
 def _check_manifest(file: Path, required: set[str], light: bool) -> None:
     """RecordError for the first file that differs from the manifest `file`, or that it ought to list."""
     try:
-        content = read_json(file)
-        version, entries = content["schema"], {**content["files"]}
+        entries = read_json(file)["files"]
         wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{file} is damaged: {error}") from None
-    _check_version(version, file.parent)
     if missing := sorted(required - wanted.keys()):
         raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
     for name, (size, sha256) in wanted.items():
@@ -280,8 +269,3 @@ def _check_manifest(file: Path, required: set[str], light: bool) -> None:
         same = one.name == name and one.is_file() and one.stat().st_size == size
         if not same or not (light and one.suffix == ".safetensors" or checksum(one) == sha256):
             raise RecordError(f"{one} is missing or damaged (it differs from {file.name}); make the folder again")
-
-
-def _check_version(version: Any, folder: Path) -> None:
-    if version != SCHEMA:
-        raise RecordError(f"{folder} has schema {version!r}, this version reads {SCHEMA}; use the sau that wrote it")
