@@ -166,9 +166,10 @@ def written(value: Any, hint: Any = None) -> str:
     """A value as a flag takes it."""
     if value is None:
         return "auto" if hint == bool | None else "none"
-    if isinstance(value, tuple):
-        return ",".join(map(written, value)) or "none"
-    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+    if isinstance(value, list | tuple):
+        return ",".join(map(written, value))
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text.removesuffix(".0") if isinstance(value, float) else text
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

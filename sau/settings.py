@@ -176,7 +176,7 @@ class Settings:
                 how: dict[str, Any] = {"nargs": "?", "const": "true"} if option.hint is bool else {}
                 if split_hint(option.hint)[0] is tuple:
                     how = {"nargs": "+"}  # a list may also be written with spaces
-                text = f"{option.about} [{written(shown.get(option.name, option.default), option.hint)}]"
+                text = f"{option.about} [{written(shown.get(option.name, option.default), option.hint) or 'none'}]"
                 how |= {"metavar": _metavar(option.hint), "help": text.replace("%", "%%")}
                 group.add_argument(*names, dest=option.name, action=_Once, **how)
         group = made.add_argument_group("help")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sau.attack import ATTACKS
-from sau.config import Option, Setting, build, check, load_yaml, mapping, nearest, options, param, settings_of, values
+from sau.config import Option, Setting, check, load_yaml, mapping, nearest, options, param, settings_of, values, written
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError, require
@@ -58,9 +58,6 @@ class Block:
         for axis, known in (("attacks", ATTACKS), ("defenses", DEFENSES)):
             for name in getattr(self, axis):
                 require(axis, name, name in known, f"one of {', '.join(known)}")
-        for axis in ("attacks", "defenses", "seeds", "ratios", "clean_shares"):
-            values = getattr(self, axis)
-            require(axis, values, len(set(values)) == len(values), "each value once")
         require("seeds", self.seeds, len(self.seeds) > 0, "one seed or more")
         axes = {"pratio": self.ratios, "ratio": self.clean_shares, "index": self.clean_shares}
         for group, settings in self.overrides.items():
@@ -102,10 +99,9 @@ def read(path: Path) -> Grid:
     try:
         blocks = tuple(_block({**settings, **part}) for part in every)
         require("attacks", "none", any(block.attacks for block in blocks), f"some of {', '.join(ATTACKS)}")
-        grid: Grid = build(Grid, {**values(settings, GRID), "blocks": blocks})
+        return Grid(**values(settings, GRID), blocks=blocks)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return grid
 
 
 def _file(path: Path, known: Mapping[str, Option]) -> Part:
@@ -124,19 +120,13 @@ def _part(content: Any, origin: str, known: Mapping[str, Option]) -> Part:
     found = settings_of(content, origin, known)
     overrides = found.pop("overrides", Setting({}, f"{origin}: overrides"))
     for group, settings in mapping(overrides.value, overrides.origin).items():
-        where, allowed = f"{overrides.origin}: {group}", _overridable(group)
-        if not allowed:
-            every = [*METHODS, *ATTACKS, *DEFENSES]
-            raise ConfigError(f"{where}: unknown method{nearest(group, every)}")
-        own = settings_of(settings, where, allowed)
+        where = f"{overrides.origin}: {group}"
+        methods = [(kind, name) for kind in METHODS for name in METHODS[kind] if group in (kind, name)]
+        if not methods:
+            raise ConfigError(f"{where}: unknown method{nearest(group, [*METHODS, *ATTACKS, *DEFENSES])}")
+        own = settings_of(settings, where, {name: one for each in methods for name, one in _options(*each).items()})
         found |= {f"overrides.{group}.{name}": setting for name, setting in own.items()}
     return found
-
-
-def _overridable(group: str) -> dict[str, Option]:
-    """What `overrides.GROUP` may set: a method's settings, those of any attack or defense, or nothing."""
-    methods = [(kind, name) for kind in METHODS for name in METHODS[kind] if group in (kind, name)]
-    return {name: option for method in methods for name, option in _options(*method).items()}
 
 
 def _block(settings: Part) -> Block:
@@ -145,8 +135,7 @@ def _block(settings: Part) -> Block:
         if key.startswith("overrides."):
             _, group, name = key.split(".", 2)
             overrides.setdefault(group, {})[name] = setting.value
-    block: Block = build(Block, {**values(settings, BLOCK), "overrides": overrides})
-    return block
+    return Block(**values(settings, BLOCK), overrides=overrides)
 
 
 def cells(blocks: Sequence[Block]) -> list[Cell]:
@@ -210,7 +199,7 @@ def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[s
     for key in (*METHODS[kind][name].files, "index"):
         if settings.get(key) not in (None, "none"):
             settings[key] = str(Path(str(settings[key])).absolute())
-    flags = tuple(f"--{key}={_text(value)}" for key, value in settings.items())
+    flags = tuple(f"--{key}={written(value)}" for key, value in settings.items())
     try:
         request = _request(kind, name, flags)
         run, *sections = request.settle(request.fitting(block.recipe), block.dataset)
@@ -249,10 +238,3 @@ def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:
 def _options(kind: str, name: str) -> dict[str, Option]:
     """The settings of a method, by name."""
     return _request(kind, name, ()).known
-
-
-def _text(value: Any) -> str:
-    """A value as on a command line."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
