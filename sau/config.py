@@ -201,11 +201,6 @@ def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict
     return found
 
 
-def build(cls: type, found: Mapping[str, Any]) -> Any:
-    """The object that the values describe."""
-    return cls(**{name: found[name] for name in options(cls) if name in found})
-
-
 def once(settings: dict[str, Any], name: str, given: Setting) -> None:
     """Add a setting; ConfigError if another value was given before under this name or another one of the parameter."""
     earlier = settings.setdefault(name, given)
@@ -253,6 +248,6 @@ def settings_of(
         if SUPERSEDED.get(key) in content or (value is None and key in canonical):
             continue  # a key without a value sets nothing
         if key not in canonical and key not in ignored:
-            raise ConfigError(f"{path}: {key}: unknown key{nearest(key, list(canonical))}")
+            raise ConfigError(f"{path}: {key}: unknown key{nearest(key, [*canonical, *ignored])}")
         once(found, canonical.get(key, key), Setting(value, f"{path}: {key}"))
     return found

@@ -17,20 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from sau.config import (
-    Option,
-    Setting,
-    build,
-    load_yaml,
-    mapping,
-    nearest,
-    once,
-    options,
-    settings_of,
-    split_hint,
-    values,
-    written,
-)
+from sau.config import Option, Setting, load_yaml, nearest, once, options, settings_of, split_hint, values, written
 from sau.data.sources import SOURCES
 from sau.defense.base import Defense
 from sau.device import choose_device
@@ -68,10 +55,8 @@ def read_yaml(path: Path, known: Mapping[str, Option], ignored: Collection[str] 
     content, found = load_yaml(path), Layers()
     datasets = [*SOURCES, *(f"{dataset}.{recipe}" for dataset in SOURCES for recipe in RECIPES)]
     for kind, allowed in (("recipes", [*RECIPES]), ("datasets", datasets)):
-        for case, each in mapping(content.pop(kind, {}), f"{path}: {kind}").items():
-            if case not in allowed:
-                raise ConfigError(f"{path}: {kind} has no {case!r}{nearest(case, allowed)}")
-            found[case] = settings_of(each, path, known, ignored)
+        for case, each in settings_of(content.pop(kind, {}), f"{path}: {kind}", {}, allowed).items():
+            found[case] = settings_of(each.value, path, known, ignored)
             if early := [found[case][name].origin for name in EARLY if name in found[case]]:
                 raise ConfigError(f"{early[0]} cannot depend on the recipe or the data set; set it for all")
     return {"": settings_of(content, path, known, ignored), **found}
@@ -88,6 +73,11 @@ def shipped(kind: str, name: str, known: Mapping[str, Option]) -> Layers:
     here = Path(__file__).resolve().parent
     places = [root / "configs" / kind / f"{name}.yaml" for root in (here, here.parent)]
     return next((read_yaml(path, known) for path in places if path.is_file()), {})
+
+
+def build(cls: type, found: Mapping[str, Any]) -> Any:
+    """The object that the values describe."""
+    return cls(**{name: found[name] for name in options(cls) if name in found})
 
 
 # Flags

@@ -11,13 +11,13 @@ import yaml
 from toys import QUICK, REPOSITORY, refuses
 
 from sau.attack import ATTACKS, SIG, BadNet, InputAware, WaNet
-from sau.config import build, convert, options, param, values
+from sau.config import convert, options, param, values
 from sau.data.sources import SOURCES
 from sau.defense import DEFENSES, FT, IBAU, SAU
 from sau.errors import ConfigError
 from sau.optim import Method, Training
 from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun
-from sau.settings import Settings, overlaid, read_yaml
+from sau.settings import Settings, build, overlaid, read_yaml
 
 
 class Base(Method):
