@@ -14,8 +14,9 @@ import yaml
 # Failures of a disk, a network or the system. Not every system has every name.
 _NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO ENOSPC EDQUOT EFBIG"
 _FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
-# What PyYAML raises on a file that is not YAML, or not the YAML that was meant.
-NO_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# What wrong content of a file raises where it is used, and what PyYAML raises on what is not YAML.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+NO_YAML = (yaml.YAMLError, *MALFORMED)
 
 
 def printable(text: str) -> str:

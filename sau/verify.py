@@ -8,14 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from sau.data.images import Images
-from sau.errors import DataError, RecordError, SauError
+from sau.errors import MALFORMED, DataError, RecordError, SauError
 from sau.evaluate import Proportion, Score, der, score
 from sau.record import attack_result
 from sau.record.attack_result import AttackResult
 from sau.record.folder import CONFIG, DEFENSE, OWN, Record, read_config, run_kind
 
 TOLERANCE = 0.001  # share of the images whose prediction may differ: processors round differently
-MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)  # raised by wrong content
 
 
 class Check(NamedTuple):

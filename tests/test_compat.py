@@ -211,7 +211,7 @@ def test_truncated_flipped_and_missing_files_are_noticed(toy_content, tmp_path, 
 def test_missing_keys(refused, toy_content, tmp_path):
     whole = toy_content(tmp_path / "hostile")
     for key in KEYS:
-        refused({name: value for name, value in whole.items() if name != key}, f"lacks {key!r}")
+        refused({name: value for name, value in whole.items() if name != key}, f"KeyError({key!r})")
     for content in ({**whole, "bd_test": None}, [1], 3):
         refused(content, "not as BackdoorBench writes it")
 
@@ -229,7 +229,7 @@ WRONG = [
     ("bd_test.poison_indicator", np.zeros(10_001), "the length of bd_test is 10001"),
     ("bd_test.poison_indicator", np.zeros(20), "0 of them triggered"),
     ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"),
-    (ENTRY, {}, "lacks 1"),
+    (ENTRY, {}, "KeyError(1)"),
     (f"{ENTRY}.1.other_info", [10, 1], "0..9"),
     (f"{ENTRY}.1.other_info", [0, 8], "missing"),
     (f"{ENTRY}.1.path", 3, "not as BackdoorBench writes it"),

@@ -26,7 +26,7 @@ from sau.compat.torch_file import Array
 from sau.data.images import BACKDOOR, CROSS, Images
 from sau.data.readers import read_images
 from sau.data.sources import DATA_FOLDER, OFFICIAL, source
-from sau.errors import RecordError, SauError, require
+from sau.errors import MALFORMED, RecordError, SauError, require
 from sau.models import build, state_dict_spec
 from sau.record import attack_result
 from sau.record.attack_result import BACKDOORBENCH, AttackResult
@@ -48,10 +48,8 @@ def read(folder: Path) -> AttackResult:
         return _attack_result(content, folder, hashlib.sha256(raw).hexdigest())
     except SauError as error:
         raise RecordError(f"{path}: {str(error)[:300]}") from None
-    except KeyError as error:
-        raise RecordError(f"{path} lacks {reprlib.repr(error.args[0])}") from None
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:  # what wrong content raises
-        raise RecordError(f"{path} is not as BackdoorBench writes it: {str(error)[:200]}") from None
+    except MALFORMED as error:
+        raise RecordError(f"{path} is not as BackdoorBench writes it: {error!r:.200}") from None
 
 
 def blank(name: str, classes: int, size: int) -> dict[str, Tensor]:

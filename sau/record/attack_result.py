@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sau.data import readers, sources
 from sau.data.images import Images
 from sau.defense.npd import insert_polarizers
-from sau.errors import DataError, RecordError
+from sau.errors import MALFORMED, DataError, RecordError
 from sau.files import is_number
 from sau.models import Normalized, build, state_dict_spec
 from sau.record.folder import ATTACK, CONFIG, Record, run_kind
@@ -93,18 +93,14 @@ class AttackResult:
                 images = images[torch.arange(length)]
             same = same and length in (None, len(images))
             seen.append(images)
-        if not (same and self._fits(*seen)):
+        if not (same and _from(seen[0], self.poisoned) and _from(seen[1], self.triggered)):
             raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; correct --dataset_path")
         return seen[0], seen[1], notes
 
-    def _fits(self, train: Images, test: Images) -> bool:
-        """Whether the poisoned and triggered images can be made from these."""
-        bad, poisoned = self.triggered, self.poisoned
-        if poisoned is not None and int(poisoned.index.max()) >= len(train):
-            return False
-        if bad is None:
-            return True
-        return int(bad.index.max()) < len(test) and torch.equal(test.labels[bad.index], bad.true_labels)
+
+def _from(clean: Images, bad: Images | None) -> bool:
+    """Whether poisoned or triggered images, if there are any, can be made from these."""
+    return bad is None or (int(bad.index.max()) < len(clean) and clean.labels[bad.index].equal(bad.true_labels))
 
 
 def save(
@@ -146,7 +142,7 @@ def load(path: Path) -> AttackResult:
         )  # fmt: skip
     except RecordError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise RecordError(f"{path / CONFIG} is not complete ({error}); make the folder again") from None
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from sau.errors import NO_YAML, Finished, LockedError, RecordError, first_line
+from sau.errors import MALFORMED, NO_YAML, Finished, LockedError, RecordError, first_line
 from sau.files import acquire, append, checksum, in_use, read, read_json, release, temp_files, write
 
 CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
@@ -260,7 +260,7 @@ def _check_manifest(file: Path, required: set[str], light: bool) -> None:
     try:
         entries = read_json(file)["files"]
         wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise RecordError(f"{file} is damaged: {error}") from None
     if missing := sorted(required - wanted.keys()):
         raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
