@@ -146,11 +146,8 @@ class Settings:
         known, unknown = self._parser({}, True).parse_known_args(argv)
         if "help" in known or not unknown:  # help also beside mistakes
             return vars(known)
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise ConfigError(f"{flag!r} belongs to no flag; allowed is one value a flag, and a list like 10,20")
         every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
-        raise ConfigError(f"unknown flag {unknown[0]!r}{nearest(flag, every)}; see --help")
+        raise ConfigError(f"{unknown[0]!r} is no flag{nearest(unknown[0].split('=')[0], every)}; see --help")
 
     def _parser(self, shown: Mapping[str, Any], everything: bool, about: str = "") -> Parser:
         """The flags; `shown` are the values in force, `everything` has other names and flags without effect as well."""
@@ -192,11 +189,9 @@ class Settings:
 
     def _read(self, flag: str) -> Layers:
         """A YAML file that the user named; of BackdoorBench's own some keys are dropped that its code does not read."""
-        file = read_yaml(Path(self.given[flag].value), self.known, self.reasons)
+        known = {name: option for name, option in self.known.items() if name not in FILES}
+        file = read_yaml(Path(self.given[flag].value), known, self.reasons)
         own = file[""]
-        for name in FILES:
-            if name in own and name in self.known:
-                raise ConfigError(f"{own[name].origin} names a further file; give it as --{name}")
         if own.keys() & SHORT.keys():  # keys that tell a file of BackdoorBench
             for name in own.keys() & {*self.method.unread}:
                 del own[name]

@@ -31,8 +31,6 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
     `dataset_path` is the folder of the data sets (None: where the attack found them); the networks are scored on
     `device` (None: the CPU). RecordError if `path` is no folder of an attack.
     """
-    if not (path / CONFIG).is_file():
-        raise RecordError(f"{path} is no result folder; name the folder of an attack")
     kind = run_kind(read_config(path / CONFIG))
     if kind == DEFENSE:
         raise RecordError(f"{path} is the folder of a defense; name that of its attack")

@@ -25,10 +25,7 @@ CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; downloaded where they are m
 _STAND_INS: dict[str, Any] = {name: thing for thing, name in ALLOWED if name.startswith("numpy.")}
 _STAND_INS["_codecs.encode"] = lambda text, _: text.encode("latin1")
 # What Windows, macOS, a NAS or a file system leaves between the files of a user; names beginning with "." go anyway.
-_STRAY = {
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin",
-    "system volume information",
-}  # fmt: skip
+_STRAY = "thumbs.db desktop.ini __macosx @eadir lost+found $recycle.bin".split()
 
 
 def cifar(name: str, root: Path, size: int = 32) -> tuple[Images, Images]:

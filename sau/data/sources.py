@@ -136,8 +136,7 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
         require("ratio (clean share)", ratio, 0 < ratio <= 1, "above 0 and up to 1")
         picked = random.Random(seed).sample(range(n), int(ratio * n))
     if not picked:
-        reason = f"{index_file} names none" if index_file else f"{ratio} of {n} is less than one; use a larger --ratio"
-        raise DataError(f"the clean set is empty: {reason}")
+        raise DataError("the clean set is empty; use a larger --ratio, or an --index file with numbers in it")
     return images[torch.tensor(picked, device=images.labels.device)]
 
 

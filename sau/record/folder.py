@@ -241,8 +241,7 @@ def read_config(file: Path) -> Config:
     except (OSError, *NO_YAML):
         valid = False
     if not valid:
-        got = f"{file.parent} is not a result folder of sau (no valid {file.name})"
-        raise RecordError(f"{got}; choose another --save_folder_name")
+        raise RecordError(f"{file.parent} is not a result folder of sau (no valid {file.name}); name another one")
     if config["schema"] != SCHEMA:
         version = f"schema {config['schema']!r}, this version reads {SCHEMA}"
         raise RecordError(f"{file.parent} has {version}; use the sau that wrote it")
