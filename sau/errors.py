@@ -44,10 +44,8 @@ class SauError(ValueError):
 
 
 class ConfigError(SauError):
-    """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range.
-
-    Where it is about one parameter, `param` is its name, `got` its value, and `allowed` says in words what may be.
-    """
+    """A flag, a YAML key or a hyperparameter is unknown, ill-typed or out of range. Where it is about one parameter,
+    `param` is its name, `got` its value, and `allowed` says in words what may be."""
 
     def __init__(self, text: str, *, param: str | None = None, got: object = None, allowed: str | None = None) -> None:
         super().__init__(text)

@@ -44,10 +44,8 @@ def existing(root: str | Path, target: str) -> Path:
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """The descriptor of a regular file; OSError for a FIFO or a device, which could block for ever.
-
-    Add O_NOFOLLOW to write where an untrusted folder may hold a link to any file of the user.
-    """
+    """The descriptor of a regular file; OSError for a FIFO or a device, which could block for ever. Add O_NOFOLLOW to
+    write where an untrusted folder may hold a link to any file of the user."""
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -137,10 +135,8 @@ _locks: dict[Path, FileLock] = {}  # of the folders that this process has locked
 
 
 def acquire(folder: Path) -> None:
-    """Lock `folder` for this process, which may have it already.
-
-    LockedError if another process uses it, RecordError if the lock file cannot be written, or is a link.
-    """
+    """Lock `folder` for this process, which may have it already. LockedError if another process uses it, RecordError if
+    the lock file cannot be written, or is a link."""
     place = _resolve(folder)
     if place not in _locks:
         if (lock := _lock(folder, WAIT)) is None:

@@ -119,9 +119,7 @@ def _row(folder: Path, name: str, entry: Any, index: int) -> tuple[str, int, int
 
 def exported_images(record: Record, data: str | None = None) -> tuple[Images, Images, Images, int]:
     """Clean training set, poisoned training images (maybe none), triggered test set, number of clean test images.
-
-    `data` is the folder of the data sets; None is where the attack had them. RecordError for a clean network.
-    """
+    `data` is the folder of the data sets; None is where the attack had them. RecordError for a clean network."""
     attacked = attack_result.load(record.path)
     if attacked.triggered is None:
         raise RecordError(f"{record.path} holds a clean network, so there are no images to export; name an attack")

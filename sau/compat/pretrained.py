@@ -89,10 +89,8 @@ def weights_file(folder: Path) -> Path:
 
 
 def open_folder(folder: Path, names: Sequence[str] = ()) -> Pretrained:
-    """The network in `folder`; ConfigError, RecordError or OSError if it cannot be used as its library uses it.
-
-    `names` are those of the classes for a network that answers with the likeness of images and words.
-    """
+    """The network in `folder`; ConfigError, RecordError or OSError if it cannot be used as its library uses it. `names`
+    are those of the classes for a network that answers with the likeness of images and words."""
     found, clip = weights.read(weights_file(folder)), (folder / CLIP_CONFIG).exists()
     if found.kind != weights.SAFE:
         raise ConfigError(f"{found.path} is no safetensors file, but {found.kind}; its library would not open it")

@@ -106,9 +106,8 @@ _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
 
 
 def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -> tuple[Images, Images | None]:
-    """`count` of the clean images, drawn by `seed`, and those of the triggered ones that are made from them; `index`
-    of both is then the position in the sample. ConfigError for a count below 1, DataError where there are no images.
-    """
+    """`count` of the clean images, drawn by `seed`, and the triggered ones that are made from them; `index` of both is
+    the position in the sample. ConfigError for a count below 1, DataError where there are no images."""
     require("samples", count, count >= 1, "1 and more")
     if len(clean) == 0:
         raise DataError("there are no clean images to draw samples from; give at least one")

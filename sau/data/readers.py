@@ -148,10 +148,8 @@ def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
 
 
 def image_folder(root: Path, size: int | Preparation = 32, names: Sequence[str] | None = None) -> Images:
-    """Own images, uint8 [N, 3, size, size], from <class>/*; classes and files by name, without `_STRAY`.
-
-    `names` are those of all classes in the order of their numbers; None numbers the folders in their order.
-    """
+    """Own images, uint8 [N, 3, size, size], from <class>/*; classes and files by name, without `_STRAY`. `names` are
+    those of all classes in the order of their numbers; None numbers the folders in their order."""
     folders = class_folders(root)
     if len(folders) < 2:
         raise DataError(f"{root} has {len(folders)} class folders; needed are two or more, with images in them")

@@ -92,13 +92,8 @@ def source(name: str) -> Source:
 
 
 def load(name: str, root: str | Path = DATA_FOLDER, img_size: int | None = None) -> tuple[Images, Images]:
-    """Read train and test images of a data set, one of `SOURCES`, from under `root`.
-
-    Args:
-        name: of the data set.
-        root: folder of the data sets, in BackdoorBench's or in torchvision's layout.
-        img_size: height and width to bring the images to, where the data set can be resized; None means its own.
-    """
+    """Train and test images of a data set, one of `SOURCES`, from under `root`, in BackdoorBench's or torchvision's
+    layout. `img_size` is the height and width to bring them to, where they can be resized; None means their own."""
     origin = source(name)
     size = origin.size if img_size is None else img_size
     if not 8 <= size <= MAX_SIZE or (size != origin.size and not origin.resizes):
@@ -152,10 +147,8 @@ def _read_indices(path: Path, n: int) -> list[int]:
 
 
 def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[str]:
-    """What to know about a defender's images, of which `kind` they are, before a result is believed, a line each.
-
-    Raises DataError if more than `MAX_OVERLAP` of them are test images: no figure would mean anything.
-    """
+    """What to know about a defender's images, of this `kind`, before a result is believed, a line each. DataError if
+    more than `MAX_OVERLAP` of them are test images: no figure would mean anything."""
     sums, others = (
         [hashlib.sha256(each.tobytes()).digest() for each in images.pixels.cpu().numpy()] for images in (given, test)
     )

@@ -52,10 +52,8 @@ def status(cells: Sequence[Cell], store: Store) -> list[str]:
 def run_cells(
     cells: Sequence[Cell], store: Store, engine: Local | RayEngine, retries: int, say: Callable[[str], None] = say
 ) -> list[Cell]:
-    """Run cells, attacks before their defenses, until each is finished or failed; returns those that failed.
-
-    A cell is tried again `retries` times. The engine is stopped at the end.
-    """
+    """Run cells, attacks before their defenses, until each is finished or has failed at `retries` further tries, and
+    stop the engine; returns those that failed."""
     waiting, running, tries = list(cells), dict[Future[Outcome], Cell](), Counter[str]()
     todo, ended = {cell.digest for cell in cells}, dict[str | None, bool]()
 

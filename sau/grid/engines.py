@@ -103,10 +103,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 class Local:
-    """This machine: as many cells at once as its cores, its memory (GiB; None means nine tenths) and its GPUs hold, of
-    `needs_gb` GiB and the most threads. `how` has root, cache and timeout of `run_cell`. ConfigError if not even one
-    has room.
-    """
+    """This machine: as many cells at once, each of `needs_gb` GiB and the most threads, as its cores, its memory (GiB;
+    None means nine tenths) and its GPUs hold. `how` has root, cache and timeout of `run_cell`. ConfigError if none has
+    room."""
 
     def __init__(
         self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None = None,
@@ -168,9 +167,8 @@ def visible_gpus() -> Sequence[str | None]:
 
 
 class RayEngine:
-    """Ray: the cluster at an address (`auto` finds the one on this machine), or one that is started here, of so many
-    cores. The rest is as in `Local`. ConfigError if no machine of it has what a cell needs, or there is none.
-    """
+    """Ray: the cluster at an address (`auto` is the one on this machine), or one that is started here, of so many
+    cores. The rest is as in `Local`. ConfigError if there is none, or no machine of it has what a cell needs."""
 
     places = math.inf  # Ray keeps the line
 

@@ -38,9 +38,7 @@ def parse_name(folder: str) -> Name:
 
 def find(root: str | Path, name: str) -> Path:
     """A result folder: by its path, its name below `root`, or there a grid's by what people call it: badnet_s0, sau.
-
-    RecordError if there is none, or if several fit.
-    """
+    RecordError if there is none, or if several fit."""
     parts = [(path, parse_name(path.name)) for path in sorted(Path(root).glob("*"))]
     fitting = [path for path, of in parts if name == (of.method if of.seed is None else f"{of.method}_s{of.seed}")]
     if Path(root, name).is_dir() or not fitting:
@@ -51,9 +49,8 @@ def find(root: str | Path, name: str) -> Path:
 
 
 class Store:
-    """The record root of a grid, whose `.grid` holds logs and the cache, and its files of kept results: the first one
-    that has a cell counts.
-    """
+    """The record root of a grid, whose `.grid` holds logs and the cache, and its files of kept results: of several that
+    have a cell the first counts."""
 
     def __init__(self, root: Path, published: Sequence[Path] = ()) -> None:
         self.root = root.absolute()
@@ -85,10 +82,8 @@ class Store:
 
 
 def publish(store: Store, cells: Sequence[Cell], target: Path) -> int:
-    """Add the summaries of finished cells to the file `target`; returns how many cells have one.
-
-    Each names the version of the library, which the digest of a cell does not. RecordError for a damaged cell.
-    """
+    """Add the summaries of finished cells, each with the version of the library, which its digest does not name, to the
+    file `target`; returns how many cells have one. RecordError for a damaged cell."""
     store.verify(cells)
     earlier = load(target) if target.exists() else {}
     found = {cell.folder: store.kept[cell.folder] for cell in cells if cell.folder in store.kept}

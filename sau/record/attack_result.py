@@ -43,10 +43,8 @@ class AttackResult:
     gate: dict[str, Any] | None = None  # as in `summary.json`; None without a gate
 
     def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
-        """The kind of images for a defense that `needs` such; those of a clean network are all clean.
-
-        RecordError if the attack did not keep its poisoned images.
-        """
+        """The kind of images for a defense that `needs` such; those of a clean network are all clean. RecordError if
+        the attack did not keep its poisoned images."""
         poisons = self.settings is None or self.settings.get("pratio", 0) > 0
         if needs == "poisoned" and self.poisoned is None and poisons:
             raise RecordError(f"{self.path} holds no poisoned training images, as this defense needs; take another")
@@ -64,11 +62,8 @@ class AttackResult:
         return model.eval()
 
     def blank(self) -> Normalized:
-        """A new network like the attacked one.
-
-        ConfigError for an unknown network, RecordError if the weights have other names or shapes. They are compared
-        before any memory is allocated, because a record may claim any size.
-        """
+        """A new network like the attacked one. ConfigError for an unknown network, RecordError if the weights have
+        other names or shapes, which is known before memory is allocated: a record may claim any size."""
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
         compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])

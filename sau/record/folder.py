@@ -31,11 +31,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five tim
 
 
 class Record:
-    """A result folder; while it is unfinished it is also the checkpoint of its run.
-
-    Args:
-        path: the folder, `record/<name>` or `record/<name>/defense/<method>`.
-    """
+    """The result folder `path`: `record/<name>`, or `record/<name>/defense/<method>`. While it is unfinished it is also
+    the checkpoint of its run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,13 +52,11 @@ class Record:
         return round((self.earlier or 0.0) + time.monotonic() - self.started, 2)
 
     def can_start(self, identity: dict[str, Any], overwrite: bool) -> bool:
-        """Whether a run would resume here (True), with the choices in `config`, or start anew (False); the folder is
-        locked from then on.
+        """Whether a run resumes here, with the choices in `config`, or starts anew (False); locks the folder.
 
         `identity` is what determines the result: once there is a checkpoint, only the same run resumes. `overwrite`
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
-        folder, RecordError if the run may neither start nor resume.
-        """
+        folder, RecordError if the run may neither start nor resume."""
         acquire(self.path)
         try:
             self.config = self._interrupted(as_json(identity), overwrite)
@@ -187,11 +182,8 @@ class Record:
         release(self.path)
 
     def check(self, *, light: bool = False) -> Config:
-        """The configuration of a finished folder, after every file was compared with the manifest.
-
-        RecordError names the first file that differs. `light`, for readers of many folders, compares of
-        `*.safetensors` the sizes alone.
-        """
+        """The configuration of a finished folder, after every file was compared with the manifest; RecordError names
+        the first that differs. `light`, for readers of many folders, compares of `*.safetensors` the sizes alone."""
         if not self.path.is_dir():
             raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
         self.config = read_config(self.path / CONFIG)

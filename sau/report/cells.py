@@ -108,10 +108,8 @@ class Section:
 
 
 def sections(results: Sequence[Result], dataset: str | None = None) -> list[Section]:
-    """Group results. Only seeds are averaged: data set, test images, network and settings must be the same.
-
-    `dataset` is the data set of the folders that do not name theirs.
-    """
+    """Results by data set, test images and network, averaged over seeds where all settings are the same; `dataset` is
+    that of the folders that do not name theirs."""
     parts: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         result = replace(result, dataset=result.dataset or dataset)

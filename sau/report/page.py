@@ -125,9 +125,8 @@ def _overview(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def trigger_strip(result: Result, dataset_path: str | None = None) -> tuple[str, str]:
-    """Some test images of an attack, clean and triggered, and the difference, as the URL of an image, and why there
-    are none; both are empty for an attack without triggered images.
-    """
+    """Some test images of an attack, clean and triggered, and their difference, as the URL of an image, or why there
+    are none; both texts are empty for an attack without triggered images."""
     if not result.config or not (result.path / "triggered.safetensors").is_file():
         return "", ""
     try:

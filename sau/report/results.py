@@ -192,10 +192,8 @@ def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl`, of a method with several stages those of its last one.
-
-    Reading stops at the first line that is no row, which a killed run may leave.
-    """
+    """The rows of `metrics.jsonl`, of a method with several stages those of its last one, up to the first line that is
+    no row, which a killed run may leave."""
     rows: list[dict[str, float]] = []
     content = read(folder / METRICS) if (folder / METRICS).is_file() else b""
     with suppress(ValueError, AttributeError, KeyError):

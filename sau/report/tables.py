@@ -90,10 +90,8 @@ def published() -> Any:
 
 
 def published_rows(section: Section) -> list[tuple[TableCell, Row]]:
-    """Our cells of the published setting, each with its published row; none for other data sets and networks.
-
-    A setting that a folder does not record is taken to be the published one.
-    """
+    """Our cells of the published setting, each with its published row; none for other data sets and networks. A setting
+    that a folder does not record is taken to be the published one."""
     setting, tables = published()["setting"], published()["tables"]
     network = section.network.get("name", setting["name"])
     if (section.dataset, network) != (setting["dataset"], setting["name"]):
