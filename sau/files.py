@@ -131,29 +131,28 @@ def checksum(path: Path) -> str:
 # releases when the process dies, also on kill -9. The file stays: deleting it would let two processes lock two files.
 
 WAIT = 0.5  # seconds that `acquire` waits, longer than `in_use` takes
-_locks: dict[Path, FileLock] = {}  # of the folders that this process has locked
+_locks: dict[Path, FileLock] = {}  # that this process has, by their files
 
 
 def acquire(folder: Path) -> None:
     """Lock `folder` for this process, which may have it already. LockedError if another process uses it, RecordError if
     the lock file cannot be written, or is a link."""
-    place = _resolve(folder)
-    if place not in _locks:
+    if _lock_file(folder) not in _locks:
         if (lock := _lock(folder, WAIT)) is None:
             raise LockedError(f"{folder} is in use by another process; wait for it or stop it")
-        _locks[place] = lock
+        _locks[_lock_file(folder)] = lock
 
 
 def release(folder: Path) -> None:
     """Unlock `folder`, if this process has it."""
-    if lock := _locks.pop(_resolve(folder), None):
+    if lock := _locks.pop(_lock_file(folder), None):
         lock.release()
 
 
 def release_all() -> None:
     """Unlock every folder that this process has."""
-    for folder in list(_locks):
-        release(folder)
+    while _locks:
+        _locks.popitem()[1].release()
 
 
 def in_use(folder: Path) -> bool:
@@ -178,9 +177,5 @@ def _lock(folder: Path, wait: float) -> FileLock | None:
         raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
 
 
-def _resolve(folder: Path) -> Path:
-    return Path(os.path.realpath(folder.parent)) / folder.name  # Path.resolve raises on circular links
-
-
 def _lock_file(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.lock"
+    return Path(os.path.realpath(folder.parent)) / f".{folder.name}.lock"  # Path.resolve raises on circular links

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sau.errors import one_line
 from sau.record.folder import EARLY
-from sau.report.results import BEFORE, COST, NONE, PERCENT, MeanStd, Result, mean_std
+from sau.report.results import COST, NONE, PERCENT, MeanStd, Result, mean_std
 from sau.util import marked
 
 NETWORK = ("name", "width", "classes", "shape")
@@ -44,8 +44,7 @@ class TableCell:
     @cached_property
     def figures(self) -> dict[str, MeanStd | None]:
         """acc, asr, racc, der, seconds, peak_memory_mb, and before_acc, before_asr, before_racc."""
-        names = (*FIGURES, *(f"before_{name}" for name in BEFORE))
-        return {name: mean_std([result.figures[name] for result in self.results]) for name in names}
+        return {name: mean_std([result.figures[name] for result in self.results]) for name in self.results[0].figures}
 
     @property
     def verified(self) -> bool:
