@@ -42,19 +42,14 @@ class Run:
     """What every command is asked."""
 
     dataset: str = param(
-        "cifar10",
-        "cifar10, cifar100, gtsrb, tiny (Tiny ImageNet), digits (small, needs no files) or folder (your own images, in "
-        "train/CLASS/ and test/CLASS/ of dataset_path); for a defense, that of the record",
+        "cifar10", "cifar10, cifar100, gtsrb, tiny, digits or folder (see sau list); for a defense, that of the record"
     )
     dataset_path: str = param(DATA_FOLDER, "folder of the data sets; a defense looks where the attack found them")
     model: str = param(
-        "preactresnet18",
-        "preactresnet18, one of torchvision's, like vgg19_bn, or timm's, like timm:resnet18; a defense's: the record's",
+        "preactresnet18", "also torchvision's, like vgg19_bn, or timm's, like timm:resnet18; a defense's: the record's"
     )
     recipe: Literal["auto", RecipeName] = param(
-        "auto",
-        "shipped settings to start from: paper (as published), cpu (narrow network, few epochs) or fast (an attack in "
-        "a quarter of paper's epochs, else paper); auto: paper on CUDA, else cpu; for a defense, that of the record",
+        "auto", "settings to start from (see sau list); auto: paper on CUDA, else cpu; for a defense, the record's"
     )
     device: str = param("auto", "auto, cpu, cuda or one like cuda:1")
     amp: bool | None = param(None, "true is bf16, false fp32; auto is bf16 where the device has bf16 arithmetic")
@@ -67,9 +62,7 @@ class Run:
     eval_every: int = param(10, "epochs between two evaluations; the last epoch is always evaluated", ge=1)
     frequency_save: int = param(0, "epochs between two saved copies of the weights; 0 saves none", ge=0)
     save_folder_name: str | None = param(
-        None,
-        "result folder below record_root (a defense's: below `defense` in the attack's folder); none: named after the "
-        "time, the defense or the file of your network",
+        None, "name of the result folder; none: after the time, the defense or the file of your network"
     )
     yaml_path: str | None = param(None, "YAML file with any of these settings")
 
@@ -116,23 +109,13 @@ class OwnRun:
     """What a defense is asked about a network of your own; all but `model_file` and `clean_dir` may be left out."""
 
     model_file: str | None = param(
-        None,
-        "file with your network's weights (.pt, .pth, .ckpt, .safetensors), or a folder that timm, transformers or "
-        "open_clip wrote, instead of result_file; nothing in it runs",
+        None, "file of your network's weights, or folder of timm, transformers or open_clip; nothing in it runs"
     )
-    clean_dir: str | None = param(
-        None, "folder of clean images by class, in the order of the file's class names, else numbered (2 before 10)"
-    )
-    arch: str = param(
-        "auto", "auto (found by the weights), a network's name, timm:NAME, or module:function, which is called"
-    )
-    model_prefix: str | None = param(
-        None, "prefix of the weights, if the file holds several networks, like state_dict_ema"
-    )
+    clean_dir: str | None = param(None, "folder of clean images by class, with the names or the order of the file's")
+    arch: str = param("auto", "auto (found by the weights), a name, timm:NAME, or module:function, which is called")
+    model_prefix: str | None = param(None, "prefix of the weights in a file of several networks, like state_dict_ema")
     trust_code: bool = param(False, "allow module:function, which runs that code")
-    mean: tuple[float, ...] = param(
-        (), "per-channel mean that the network expects to be subtracted, like 0.49,0.48,0.45"
-    )
+    mean: tuple[float, ...] = param((), "per-channel mean that the network expects subtracted, like 0.49,0.48,0.45")
     std: tuple[float, ...] = param((), "per-channel standard deviation that the network expects to be divided by", gt=0)
     input_size: int = param(32, "height and width that the images are resized to", ge=1)
     check_share: float = param(0.2, "share of each class's images that is held back for measuring", gt=0, lt=1)

@@ -14,7 +14,7 @@ from sau.cli import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Proportion, score
-from sau.record.folder import CONFIG, MANIFEST, SUMMARY, dump_config, dump_manifest, read_config
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY, dump_manifest, read_config
 from sau.verify import compare, verify
 
 
@@ -47,7 +47,7 @@ def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
     if file == CONFIG:
         config = read_config(place)
         how(config)
-        place.write_bytes(dump_config(config))
+        place.write_text(json.dumps(config))
     elif file == SUMMARY:
         content = json.loads(place.read_text())
         how(content)

@@ -118,7 +118,7 @@ class Record:
     def update_config(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
         self.config.update(as_json(facts))
-        write(self.path / CONFIG, dump_config(self.config))
+        write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False).encode())
 
     def log(self, text: str) -> None:
         """Print a line and append it to `log.txt`."""
@@ -218,11 +218,6 @@ def digest(identity: dict[str, Any]) -> str:
 def run_kind(config: Config) -> str:
     """Whose folder it is: ATTACK, DEFENSE or OWN."""
     return OWN if "own" in config else DEFENSE if "attacked" in config else ATTACK
-
-
-def dump_config(config: Config) -> bytes:
-    """The content of `config.yaml`."""
-    return yaml.safe_dump(config, sort_keys=False).encode()
 
 
 def read_config(file: Path) -> Config:

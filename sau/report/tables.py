@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from sau.errors import printable
 from sau.record.folder import SUMMARY
 from sau.report.cells import FIGURES, Section, TableCell
-from sau.report.results import NONE, PERCENT, MeanStd
+from sau.report.results import NONE, PERCENT, MeanStd, mean_std
 
 UNVERIFIED = f"{SUMMARY} alone: nothing to check it by"
 Row = list[float | None]  # acc, asr, racc, der in percent
@@ -113,8 +112,7 @@ def comparable(defense: str, oracle: bool) -> bool:
 
 def mean_row(rows: Sequence[Row]) -> Row:
     """Column by column; None where a row has none."""
-    columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
-    return [statistics.mean(column) if len(column) == len(rows) else None for column in columns]
+    return [one.mean if one else None for one in map(mean_std, zip(*rows, strict=True))]
 
 
 @dataclass(frozen=True)
