@@ -6,8 +6,8 @@ import json
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeGuard
 
 from filelock import FileLock, Timeout
@@ -102,9 +102,7 @@ def write(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL, delete=False
-        ) as file:
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL, delete=False) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()

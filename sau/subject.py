@@ -177,10 +177,8 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     with translate_errors(lambda reason: ConfigError(f"{what}: {reason}; {advice}")), torch.no_grad():
         logits = model(to_float(images.pixels[:8]))
     if logits.shape[-1] != images.num_classes:
-        raise ConfigError(
-            f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes; "
-            "give a folder for each, named by the number of its output (0, 1, 2, ...) or in the same order"
-        )
+        got = f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes"
+        raise ConfigError(f"{got}; give a folder for each, named by its number (0, 1, 2, ...) or in the same order")
     if not logits.isfinite().all():
         raise ConfigError("the network answers a clean image with NaN or infinity; check mean and std")
     check_logits(logits)

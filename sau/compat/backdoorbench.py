@@ -161,10 +161,8 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
     train, poisoned, triggered, n_test = exported_images(record, data)
     (classes, whole, whole_test), size = OFFICIAL[dataset], source(dataset).size
     if (len(train), n_test) != (whole[0], whole_test):
-        raise RecordError(
-            f"the record saw a part of {dataset} ({len(train):,} and {n_test:,} images), in BackdoorBench it has "
-            f"{whole[0]:,} and {whole_test:,} under other indices"
-        )
+        seen = f"the record saw a part of {dataset} ({len(train):,} and {n_test:,} images)"
+        raise RecordError(f"{seen}, in BackdoorBench it has {whole[0]:,} and {whole_test:,} under other indices")
     tensors = record.load_tensors("model")
     with new_folder(target) as folder:
         content = {
@@ -187,10 +185,8 @@ def _check_expressible(dataset: str, network: dict[str, Any]) -> None:
     origin, width = source(dataset), network["width"]
     published = {"shape": [3, origin.size, origin.size], "mean": list(origin.mean), "std": list(origin.std)}
     if network["name"] not in NETWORKS or width not in (None, 64) or not published.items() <= network.items():
-        names = " or ".join(NETWORKS)
-        raise RecordError(
-            f"the network is {network}; BackdoorBench has {names} of width 64 and {published} for {dataset}"
-        )
+        theirs = f"BackdoorBench has {' or '.join(NETWORKS)} of width 64 and {published} for {dataset}"
+        raise RecordError(f"the network is {network}; {theirs}")
 
 
 def _split(images: Images, split: str, order: np.ndarray, length: int, folder: Path, name: str) -> dict[str, Any]:

@@ -61,10 +61,8 @@ def in_range(x: Tensor) -> Tensor:
     """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError."""
     low, high = float(x.min()), float(x.max())
     if not (low >= -SLACK and high <= 1 + SLACK):  # nor is NaN
-        raise DataError(
-            f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: divide bytes by 255, clamp what resizing "
-            "or noise left outside, and give purify the mean=... and std=... of normalised images"
-        )
+        advice = "divide bytes by 255, clamp what is just out, give purify mean=... and std=... of normalised images"
+        raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
     return x if low >= 0 and high <= 1 else x.clamp(0, 1)
 
 
@@ -205,9 +203,9 @@ def check_normalised(low: float, high: float, stats: Statistics) -> None:
     if mean is None or std is None or not -OVERSHOOT < low <= high < 1 + OVERSHOOT:
         return
     if all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
+        got = f"mean and std are given, but the pixels range over [{low:.3g}, {high:.3g}], so they are not normalised"
         raise DataError(
-            f"mean and std are given, but the pixels range over [{low:.3g}, {high:.3g}], so they are not normalised; "
-            "leave mean and std out, or, if the network expects normalised images, give Normalized(model, mean, std)"
+            f"{got}; leave mean and std out, or give Normalized(model, mean, std) if the network expects it"
         )
 
 

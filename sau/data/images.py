@@ -124,10 +124,8 @@ def paired(clean: Images, triggered: Images) -> Labels:
     """The position in `clean` of the image that each triggered one is made from; DataError unless each has one."""
     place = _positions(clean, triggered)
     if not (place >= 0).all() or not torch.equal(clean.labels[place], triggered.true_labels):
-        raise DataError(
-            f"of {len(triggered)} triggered images some are made from others than the {len(clean)} clean ones, by "
-            "their `index` and true labels; give those that they were made from"
-        )
+        made = f"{len(triggered)} triggered images are not all made from the {len(clean)} clean ones"
+        raise DataError(f"{made}, by their `index` and true labels; give those that they were made from")
     return place
 
 

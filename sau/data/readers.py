@@ -69,10 +69,8 @@ def _download(root: Path, official: Any) -> Path:
     try:
         download_and_extract_archive(official.url, str(root), filename=official.filename, md5=official.tgz_md5)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"no {official.base_folder} under {place} and the download failed ({first_line(error)}); "
-            "name the folder with --dataset_path, or try --dataset digits, which needs no files"
-        ) from None
+        failed = f"no {official.base_folder} under {place} and the download failed ({first_line(error)})"
+        raise DataError(f"{failed}; correct --dataset_path, or try --dataset digits, which needs no files") from None
     return root / official.base_folder
 
 

@@ -54,23 +54,16 @@ _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _TINY = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
 SOURCES = {
-    "cifar10": Source(
-        32, *_CIFAR10, Augment(4, flip=True), partial(readers.cifar, "cifar10"),
-        about="50,000 and 10,000 images, 10 classes, 32x32; downloaded",
-    ),
-    "cifar100": Source(
-        32, *_CIFAR100, Augment(4), partial(readers.cifar, "cifar100"),
-        about="50,000 and 10,000 images, 100 classes, 32x32; downloaded",
-    ),
+    "cifar10": Source(32, *_CIFAR10, Augment(4, flip=True), partial(readers.cifar, "cifar10"),
+                      about="50,000 and 10,000 images, 10 classes, 32x32; downloaded"),
+    "cifar100": Source(32, *_CIFAR100, Augment(4), partial(readers.cifar, "cifar100"),
+                       about="50,000 and 10,000 images, 100 classes, 32x32; downloaded"),
     "gtsrb": Source(32, (0.0,) * 3, (1.0,) * 3, Augment(4), readers.gtsrb, True, "traffic signs, 43 classes"),
     "tiny": Source(64, *_TINY, Augment(4), readers.tiny, True, "Tiny ImageNet, 200 classes, 64x64"),
-    "folder": Source(
-        32, *_CIFAR10, Augment(4), readers.folder, True, "your own images: train/CLASS/, test/CLASS/ of --dataset_path"
-    ),
-    "digits": Source(
-        32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits,
-        about="1,437 and 360 images of scikit-learn, 10 classes; needs no files",
-    ),
+    "folder": Source(32, *_CIFAR10, Augment(4), readers.folder, True,
+                     "your own images: train/CLASS/, test/CLASS/ of --dataset_path"),
+    "digits": Source(32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits,
+                     about="1,437 and 360 images of scikit-learn, 10 classes; needs no files"),
 }  # fmt: skip
 
 
@@ -107,10 +100,8 @@ def subset_note(name: str, train: Images, test: Images) -> str | None:
     whole = OFFICIAL.get(name)
     if whole is None or (len(train) in whole[1] and len(test) == whole[2]):
         return None
-    return (
-        f"subset of {name}: {len(train):,} of {whole[1][0]:,} training and {len(test):,} of {whole[2]:,} test images; "
-        f"no figure from it speaks for {name}"
-    )
+    counts = f"{len(train):,} of {whole[1][0]:,} training and {len(test):,} of {whole[2]:,} test images"
+    return f"subset of {name}: {counts}; no figure from it speaks for {name}"
 
 
 def fingerprint(images: Images) -> str:

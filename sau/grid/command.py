@@ -107,10 +107,7 @@ def parser() -> argparse.ArgumentParser:
     for name in OF_FILE:
         add(f"--{name}", help=f"{GRID[name].about} [that of the file, or {written(GRID[name].default)}]")
     add("--dataset_path", help="folder of the data sets [that of the file, or ./data]")
-    add(
-        "--published", action="append", metavar="FILE",
-        help="results (.jsonl) that count as finished cells, or none [those of the file]",
-    )  # fmt: skip
+    add("--published", action="append", metavar="FILE", help="finished cells (.jsonl), or none [those of the file]")
     add("--only", action="append", default=[], metavar="PATTERN", help="cells whose label or method fits")
     add("--dry_run", action="store_true", help="print the cells that would run, and run nothing")
     add("--publish", type=Path, metavar="FILE", help="add results of finished cells to a .jsonl file, run nothing")

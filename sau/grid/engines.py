@@ -108,9 +108,8 @@ class Local:
     room."""
 
     def __init__(
-        self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None = None,
-        memory_gb: float | None = None,
-    ) -> None:  # fmt: skip
+        self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None, memory_gb: float | None
+    ) -> None:
         memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
         require("memory_gb", memory, needs_gb <= memory < math.inf, f"{needs_gb:g}, which a cell needs, and more")
         threads = max(cell.threads for cell in cells)
@@ -173,9 +172,8 @@ class RayEngine:
     places = math.inf  # Ray keeps the line
 
     def __init__(
-        self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None = None,
-        address: str | None = None,
-    ) -> None:  # fmt: skip
+        self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None, address: str | None
+    ) -> None:
         self.how, self.memory = how, int(needs_gb * GIB)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -51,12 +51,10 @@ def build(root: Path, dataset: str | None = None, dataset_path: str | None = Non
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["figure"] = _figure
-    return environment
+    folder = FileSystemLoader(Path(__file__).parent)
+    made = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["figure"] = _figure
+    return made
 
 
 def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:

@@ -74,12 +74,10 @@ def _plain(value: Any) -> Any:
 
 def as_latex(sections: Sequence[Section]) -> str:
     """A booktabs table each section, the best DER bold, the second underlined; below it what the signs mean."""
-    environment = Environment(
-        "<%", "%>", "<<", ">>", "<#", "#>", trim_blocks=True, lstrip_blocks=True,
-        loader=FileSystemLoader(Path(__file__).parent),
-    )  # fmt: skip
-    environment.filters["tex"] = lambda text: " ".join(text.split()).translate(_LATEX)
-    return environment.get_template("table.tex").render(sections=sections, figures=FIGURES, percent=PERCENT)
+    folder, signs = FileSystemLoader(Path(__file__).parent), ("<%", "%>", "<<", ">>", "<#", "#>")
+    made = Environment(*signs, loader=folder, trim_blocks=True, lstrip_blocks=True)
+    made.filters["tex"] = lambda text: " ".join(text.split()).translate(_LATEX)
+    return made.get_template("table.tex").render(sections=sections, figures=FIGURES, percent=PERCENT)
 
 
 @cache
