@@ -51,10 +51,8 @@ class Subject:
 
 
 def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
-    """What the flags of a defense are about: `--result_file`, or `--model_file` and `--clean_dir`.
-
-    Also returns the settings of run and method as objects; prints the help instead and leaves where that was asked for.
-    """
+    """What the flags of a defense are about, `--result_file`, or `--model_file` and `--clean_dir`, and the settings of
+    run and method as objects; prints the help instead and leaves where that was asked for."""
     place, file = asked.get("result_file"), asked.get("model_file")
     if place is None and file is None:
         asked.help(asked.recipe()[0], asked.get("dataset") or Run.dataset)
@@ -98,11 +96,9 @@ def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset
 
 
 def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> Subject:
-    """The network in `own.model_file`, and the images in the class folders of `own.clean_dir`.
-
-    `asked` are the settings that the user gave. ConfigError, DataError or RecordError where they do not fit together,
-    or the defense needs what nobody has.
-    """
+    """The network in `own.model_file`, and the images in the class folders of `own.clean_dir`; `asked` are the settings
+    that the user gave. ConfigError, DataError or RecordError where they do not fit, or the defense needs what nobody
+    has."""
     if method.selection == "oracle":
         raise ConfigError("select is oracle, allowed is defender: nobody has images with your network's trigger")
     if method.data_use == "poisoned":

@@ -102,11 +102,9 @@ def content(path: Path) -> bytes:
 
 
 def load(path: Path, raw: bytes) -> Any:
-    """What `raw`, the content of a file of `torch.save`, holds, with stand-ins for what is no tensor or plain value.
-
-    ProgramError if the file imports what is not on the list, or is TorchScript; RecordError if it is damaged (files of
-    torch before 1.6 have no checksums) or of another format. Nothing of it is run.
-    """
+    """What `raw`, the content of a file of `torch.save`, holds, with stand-ins for what is no tensor or plain value;
+    nothing of it is run. ProgramError if it imports what is not on the list, or is TorchScript; RecordError if it is
+    damaged (files of torch before 1.6 have no checksums) or of another format."""
     try:
         if raw.startswith(ZIP):
             _check_archive(raw)

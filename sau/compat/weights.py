@@ -167,11 +167,9 @@ def guess(found: Weights) -> Guess | None:
 
 
 def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
-    """The network with the weights that its file, `run.model_file`, was `found` to hold, and its name.
-
-    `classes` are its logits where `run.arch` is a plain name. ConfigError if the network cannot be found or trusted,
-    RecordError if the weights are of another one.
-    """
+    """The network with the weights that its file, `run.model_file`, was `found` to hold, and its name; `classes` are
+    its logits where `run.arch` is a plain name. ConfigError if the network cannot be found or trusted, RecordError if
+    the weights are of another one."""
     if run.model_prefix is not None:
         # A whole name comes first: `state_dict` is not `state_dict_ema`.
         chosen = found.below(f"{run.model_prefix.removesuffix('.')}.") or found.below(run.model_prefix)

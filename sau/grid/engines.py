@@ -63,10 +63,8 @@ class Outcome:
 def run_cell(
     cell: Cell, root: Path, cache: str, timeout: float | None, gpu: str | None = None, stop: Event | None = None
 ) -> Outcome:
-    """Run a cell below the record root `root` in a process of its own, until `timeout` (s), or until `stop` is set.
-
-    `cache` is the folder of trained triggers and decoded images, `gpu` what CUDA_VISIBLE_DEVICES is set to.
-    """
+    """Run a cell below the record root in a process of its own, until `timeout` (s), or until `stop` is set. `cache` is
+    the folder of trained triggers and decoded images, `gpu` what CUDA_VISIBLE_DEVICES is set to."""
     threads = {f"{library}_NUM_THREADS": str(cell.threads) for library in ("OMP", "MKL", "OPENBLAS")}
     env = {**os.environ, **threads, "PYTHONPATH": PYTHONPATH, "SAU_CACHE": cache}
     env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}

@@ -70,11 +70,9 @@ class AttackResult:
         return make()
 
     def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
-        """The clean training and test images that the attack saw, and notes about them.
-
-        `dataset_path` is where they are; None is where the attack found them, and nothing is downloaded there.
-        DataError if they are not there, RecordError if they are not those that the attack saw.
-        """
+        """The clean training and test images that the attack saw, and notes about them. `dataset_path` is where they
+        are; None is where the attack found them, and nothing is downloaded there. DataError if they are not there,
+        RecordError if others are."""
         place = dataset_path or self.dataset_path
         if dataset_path is None and place != sources.DATA_FOLDER and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
@@ -166,11 +164,9 @@ def load_images(record: Record, part: str) -> Images | None:
 
 
 def load_weights(model: nn.Module, place: str | Path) -> None:
-    """Load the weights of a .safetensors file, or of the folder of a finished run of ours, into `model`.
-
-    The names may be those of `model` or of the `net` inside it; where NPD put a polarizer, one is added to `model`.
-    RecordError if it is no such file or folder, damaged, unfinished, or of another network.
-    """
+    """Load the weights of a .safetensors file, or of the folder of a finished run of ours, into `model`. Their names
+    may be those of `model` or of the `net` inside it; where NPD put a polarizer, one is added to `model`. RecordError
+    if it is no such file or folder, damaged, unfinished, or of another network."""
     place = Path(place)
     if place.is_dir():
         (record := Record(place)).check()

@@ -31,11 +31,9 @@ OWN_FIGURES = {
 
 
 def build(root: Path, dataset: str | None = None, dataset_path: str | None = None) -> tuple[str, list[Section]]:
-    """The page of all results below `root` (see `find_results`), and the sections on it.
-
-    `dataset` is that of the folders that do not name theirs, `dataset_path` the folder of the data sets, for clean
-    images; None means where the runs had them. RecordError if there is nothing to show.
-    """
+    """The page of all results below `root` (see `find_results`), and the sections on it; RecordError if there is
+    nothing to show. `dataset` is that of folders that do not name theirs, `dataset_path` the folder of the data sets,
+    for clean images; None means where the runs had them."""
     results, left_out = find_results(root)
     found, parts, numbers = sections(results, dataset), [], count(1)
     for section in found:
@@ -58,11 +56,9 @@ def _environment() -> Environment:
 
 
 def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
-    """The page of a purified network of somebody's own: what was measured of it, and what cannot be excluded.
-
-    `beside` are further such folders, of networks that are known to be clean: what they were before shows what is
-    usual. RecordError for any other folder.
-    """
+    """The page of a purified network of somebody's own: what was measured of it, and what cannot be excluded. `beside`
+    are such folders of networks that are known to be clean: what they were before shows what is usual. RecordError for
+    others."""
     config, summary = _own(folder)
     risk, verdict = summary["risk"], summary.get("findings", {}).get("verdict")
     anew = summary.get("statistics_anew", {})

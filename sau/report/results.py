@@ -98,13 +98,9 @@ def mean_std(values: Sequence[float | None]) -> MeanStd | None:
 
 
 def find_results(root: Path) -> tuple[list[Result], list[str]]:
-    """All results below a folder, at any depth, and the folders that do not count, each with the reason.
-
-    Hidden folders and links are skipped. `root` may also be a JSONL file of summaries, as a grid publishes them; the
-    paths are then those of folders beside it, which need not exist.
-
-    Raises RecordError if `root` does not exist or holds no result.
-    """
+    """All results below a folder, at any depth, and the folders that do not count, each with the reason; hidden ones
+    and links are skipped. `root` may also be a JSONL file of summaries, as a grid publishes them; the paths are then
+    those of folders beside it, which need not exist. RecordError if `root` does not exist or holds no result."""
     if root.is_file():
         base, kept = root.with_suffix(""), load(root)
         folders = [base / cell for cell in kept]
@@ -137,10 +133,8 @@ def find_results(root: Path) -> tuple[list[Result], list[str]]:
 
 
 def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any] | None) -> Result:
-    """One folder, of a defense of `attack` if there is one; `summary` is given where it is all that was kept.
-
-    What a configuration does not say is taken from the names of the folders. RecordError if the folder does not count.
-    """
+    """One folder, of a defense of `attack` if there is one; `summary` is given where it is all that was kept. What a
+    configuration does not say the names of folders do. RecordError if the folder does not count."""
     config: dict[str, Any] = {}
     if summary is None:
         record = Record(folder)

@@ -142,10 +142,8 @@ class PairedComparison:
 
 
 def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str, bool, PairedComparison]]:
-    """A defense against each rival, over attacks that took: (rival, whether test data chose for it, comparison).
-
-    The strongest rival comes first, rivals with an oracle last. A defense that test data chose is compared with none.
-    """
+    """A defense against each rival, over attacks that took: (rival, whether test data chose for it, comparison); the
+    strongest rival first, those with an oracle last. A defense that test data chose is compared with none."""
     groups: dict[str, list[TableCell]] = defaultdict(list)
     for cell in section.cells:
         if not cell.dead:
