@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,11 +55,6 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
     """The image squeezed to height x width (bilinear, antialiased) as float [3, H, W] on the scale 0..255."""
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(resized, dtype=np.float32).transpose(2, 0, 1).copy())
-
-
-def squeezed(size: int) -> Preparation:
-    """Every image squeezed to size x size."""
-    return Preparation(size, partial(image_to_tensor, height=size, width=size), str(size))
 
 
 def decode(paths: Sequence[str], how: Preparation, title: str) -> Bytes:

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sau.compat.torch_file import ALLOWED
-from sau.data.decode import Preparation, cached, decode, squeezed
+from sau.data.decode import Preparation, cached, decode, image_to_tensor
 from sau.data.images import Images
 from sau.errors import DataError, first_line
 
@@ -193,7 +194,9 @@ def _samples(root: Path, classes: Sequence[str], suffix: str = "") -> Samples:
 
 def read_images(title: str, root: Path, samples: Samples, size: int | Preparation, classes: int) -> Images:
     """The images of a split, from the cache or decoded with a progress bar."""
-    how = squeezed(size) if isinstance(size, int) else size
+    how = size
+    if isinstance(how, int):
+        how = Preparation(how, partial(image_to_tensor, height=how, width=how), str(how))
     key = [title, how.text]
     for path, _ in samples:
         try:

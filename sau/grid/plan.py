@@ -140,10 +140,7 @@ def _block(settings: Part) -> Block:
 
 def cells(blocks: Sequence[Block]) -> list[Cell]:
     """Every cell once, attacks before their defenses; ConfigError if a block cannot be."""
-    found: dict[str, Cell] = {}
-    for cell in (cell for block in blocks for cell in _crossed(block)):
-        found.setdefault(cell.digest, cell)
-    return list(found.values())
+    return list({cell.digest: cell for block in blocks for cell in _crossed(block)}.values())
 
 
 def select(every: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
