@@ -6,14 +6,14 @@ these, or one of these `| None`.
 
 import difflib
 import inspect
-import operator
 import os
 import reprlib
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +22,7 @@ import yaml
 from sau.errors import NO_YAML, ConfigError, refuse
 from sau.files import read
 
-BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
-    "le": ("up to", operator.le), "lt": ("below", operator.lt),
-}  # fmt: skip
+BOUNDS = {"ge": ("at least", ge), "gt": ("above", gt), "le": ("up to", le), "lt": ("below", lt)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
@@ -37,16 +34,11 @@ Bound = int | float
 
 
 def param(default: Any, help: str = "", *, aliases: tuple[str, ...] = (), **bounds: Bound) -> Any:
-    """A field of a dataclass that is a flag and a YAML key as well.
+    """A field of a dataclass that is a flag and a YAML key as well. What a subclass leaves out (or all, with a plain
+    default) it takes from the field of its base.
 
-    What a subclass leaves out (or all, with a plain default) it takes from the field of its base.
-
-    Args:
-        default: its default.
-        help: what it is, with units; the range and the default are added.
-        aliases: further names of the flag and of the key.
-        bounds: `ge`, `gt`, `le` or `lt`: each value is at least, above, at most, below this; of a tuple each entry.
-    """
+    `help` says what it is, with units; range and default are added. `aliases` are further names of flag and key.
+    `bounds` (`ge`, `gt`, `le`, `lt`) hold for each value, of a tuple for each entry."""
     assert bounds.keys() <= BOUNDS.keys()
     return field(default=default, metadata={**({"help": help} if help else {}), "aliases": aliases, **bounds})
 

@@ -138,11 +138,9 @@ def begin(
     record: Record, run: Run, determined: dict[str, Any], model: Normalized, method: Method, where: torch.device,
     facts: Mapping[str, Any], lines: Sequence[str], ignored: str = "",
 ) -> None:  # fmt: skip
-    """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run.
-
-    `determined` is the `identity`, `facts` are written to `config.yaml` as well, `ignored` says which flags have no
-    effect. ConfigError if an interrupted run began in another precision than is asked now.
-    """
+    """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run. `determined` is
+    the `identity`, `facts` are written to `config.yaml` as well, `ignored` says which flags have no effect. ConfigError
+    if an interrupted run began in another precision than is asked now."""
     record.can_start(determined, run.overwrite)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")

@@ -27,10 +27,8 @@ class Check(NamedTuple):
 
 def verify(path: Path, dataset_path: str | None = None, device: torch.device | None = None) -> list[Check]:
     """Check an attack's folder and the defenses in it: the sums of the manifest, ACC, ASR, R-ACC and DER.
-
     `dataset_path` is the folder of the data sets (None: where the attack found them); the networks are scored on
-    `device` (None: the CPU). RecordError if `path` is no folder of an attack.
-    """
+    `device` (None: the CPU). RecordError if `path` is no folder of an attack."""
     kind = run_kind(read_config(path / CONFIG))
     if kind == DEFENSE:
         raise RecordError(f"{path} is the folder of a defense; name that of its attack")

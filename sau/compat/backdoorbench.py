@@ -36,11 +36,9 @@ NETWORKS = ("preactresnet18", "vgg19", "vgg19_bn")  # that BackdoorBench builds 
 
 
 def read(folder: Path) -> AttackResult:
-    """Read `attack_result.pt` of a folder and the images that it lists; clean images are not among them.
-
-    Images of a folder `cross_...` have role CROSS. WaNet and its like store covers among the others, which then have
-    role BACKDOOR and labels equal to true_labels. RecordError names the file and what is wrong.
-    """
+    """Read `attack_result.pt` of a folder and the images that it lists, no clean ones; RecordError names the file and
+    what is wrong. Images of a folder `cross_...` have role CROSS. WaNet and its like store covers among the others,
+    which then have role BACKDOOR and labels equal to true_labels."""
     path = folder / BACKDOORBENCH
     raw = torch_file.content(path)
     content = torch_file.load(path, raw)
@@ -157,9 +155,16 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
     config = record.check()
     files.safe_join(target.parent, name)  # refuses what is no plain name
     dataset, network = config["data"]["dataset"], config["model"]
-    _check_expressible(dataset, network)
+    if dataset not in OFFICIAL:
+        raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
+    origin, size = source(dataset), source(dataset).size
+    published = {"shape": [3, size, size], "mean": list(origin.mean), "std": list(origin.std)}
+    known = network["name"] in NETWORKS and network["width"] in (None, 64)
+    if not (known and published.items() <= network.items()):
+        theirs = f"BackdoorBench has {' or '.join(NETWORKS)} of width 64 and {published} for {dataset}"
+        raise RecordError(f"the network is {network}; {theirs}")
     train, poisoned, triggered, n_test = exported_images(record, data)
-    (classes, whole, whole_test), size = OFFICIAL[dataset], source(dataset).size
+    classes, whole, whole_test = OFFICIAL[dataset]
     if (len(train), n_test) != (whole[0], whole_test):
         seen = f"the record saw a part of {dataset} ({len(train):,} and {n_test:,} images)"
         raise RecordError(f"{seen}, in BackdoorBench it has {whole[0]:,} and {whole_test:,} under other indices")
@@ -176,17 +181,6 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
             "bd_test": _split(triggered, "test", triggered.index.numpy(), n_test, folder, name),
         }
         _save_for_numpy_1(content, folder / BACKDOORBENCH)
-
-
-def _check_expressible(dataset: str, network: dict[str, Any]) -> None:
-    """RecordError if BackdoorBench has no such data set or cannot build this network."""
-    if dataset not in OFFICIAL:
-        raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
-    origin, width = source(dataset), network["width"]
-    published = {"shape": [3, origin.size, origin.size], "mean": list(origin.mean), "std": list(origin.std)}
-    if network["name"] not in NETWORKS or width not in (None, 64) or not published.items() <= network.items():
-        theirs = f"BackdoorBench has {' or '.join(NETWORKS)} of width 64 and {published} for {dataset}"
-        raise RecordError(f"the network is {network}; {theirs}")
 
 
 def _split(images: Images, split: str, order: np.ndarray, length: int, folder: Path, name: str) -> dict[str, Any]:

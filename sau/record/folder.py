@@ -19,9 +19,8 @@ from torch import Tensor
 from sau.errors import MALFORMED, NO_YAML, Finished, LockedError, RecordError, first_line
 from sau.files import acquire, append, checksum, in_use, read, read_json, release, temp_files, write
 
-CONFIG, METRICS, SUMMARY, MANIFEST, LOG, CHECKPOINT = (
-    "config.yaml", "metrics.jsonl", "summary.json", "manifest.json", "log.txt", "checkpoint.bin"
-)  # fmt: skip
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+MANIFEST, LOG, CHECKPOINT = "manifest.json", "log.txt", "checkpoint.bin"
 SCHEMA = 2
 EARLY = "ended_early"  # key of the identity and the summary of runs that --max_minutes ended
 ATTACK, DEFENSE, OWN = "an attack", "a defense", "a network of your own"

@@ -115,11 +115,9 @@ def mean_row(rows: Sequence[Row]) -> Row:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A defense minus a rival, in points, on the networks that both purified: a difference an attack.
-
-    Differences are taken per network, so that what makes a network easy or hard for every defense cancels out, and
-    averaged over the networks of an attack: seeds are no further attacks.
-    """
+    """A defense minus a rival, in points, on the networks that both purified: a difference an attack. It is taken per
+    network, so that what makes a network easy or hard for every defense cancels out, and averaged over the networks of
+    an attack: seeds are no further attacks."""
 
     acc: MeanStd
     asr: MeanStd  # below 0 is better
