@@ -183,7 +183,6 @@ BAD = {
     "badnets": SMALL.replace("badnet,", "badnets,"),
     "clip": SMALL.replace("clp", "clip"),
     "attacks": "dataset: digits\n",
-    "attacks is": SMALL.replace("[badnet,", "[badnet, badnet,"),
     "saw": SMALL + "  saw: {lr: 1}\n",
     "overrides: ft: epochz": SMALL.replace("ft: {epochs", "ft: {epochz"),
     "epochs": SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"),
