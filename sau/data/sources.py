@@ -131,6 +131,8 @@ def _read_indices(path: Path, n: int) -> list[int]:
     allowed = {str(index): index for index in range(n)}
     if bad := [line for line in lines if line not in allowed]:
         raise DataError(f"{path} holds {bad[0][:40]!r}; allowed are whole numbers 0..{n - 1}, one a line")
+    if len({*lines}) < len(lines):
+        raise DataError(f"{path} holds an index more than once; allowed is each index once")
     return [allowed[line] for line in lines]
 
 
