@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from toys import planted, quiet, tiny_net, toy_images
 
-from sau.defense import AT, DEFENSES, FT, NAD, SAU
+from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM
 from sau.defense import checks as verdicts
 from sau.defense.checks import compare, likely_classes, lines
 from sau.loop import Session
@@ -42,6 +42,7 @@ def test_the_rate_follows_from_the_weights() -> None:
     nn.init.constant_(large.weight, 1.0), nn.init.constant_(small.weight, 0.01)
     rates = [SAU().adapted(nn.Sequential(net), 100).lr for net in (large, small)]
     assert rates == [3e-3, 8e-4]
+    assert [SAUSAM().adapted(PreActResNet18(10, width), 100).lr for width in (4, 16)] == [0.005, 0.02]
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:

@@ -41,6 +41,7 @@ class Defense(Method, ABC):
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
+    sized: ClassVar[int | None] = None  # weights of the network of the defaults: with few images less have a lower rate
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)
@@ -57,11 +58,11 @@ class Defense(Method, ABC):
         """These settings for another clean set than the published 2,500 images.
 
         Below 2,000 images an epoch is cut into batches of at least 32, about as many as published, and the lengths grow
-        by what is missing: as many updates at the same rate, with the settings of `when_few`, if any. Where these do
-        not suffice, a method makes its `updates`, unless it has so many images and the published network,
-        PreAct-ResNet18. Their rate rises to 0.08 of the typical weight (root mean square, median over layers; 3e-3 at
-        most) and falls to 0 (OneCycleLR); few images are augmented. SAU's published 1,000 updates at 1e-4 leave the
-        backdoors of small networks in place.
+        by what is missing: as many updates at the same rate (lower by the root of the weights, if a network has fewer
+        than `sized`), with the settings of `when_few`, if any. Where these do not suffice, a method makes its
+        `updates`, unless it has so many images and the published network, PreAct-ResNet18. Their rate rises to 0.08 of
+        the typical weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images
+        are augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
@@ -76,6 +77,9 @@ class Defense(Method, ABC):
             grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
             changed = {**self.params(), **self.when_few}
             changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
+            if self.sized is not None:
+                weights = sum(weight.numel() for weight in model.parameters())
+                changed["lr"] = float(f"{changed['lr'] * min(1.0, math.sqrt(weights / self.sized)):.1e}")
         else:
             if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
                 return self

@@ -30,8 +30,6 @@ from sau.evaluate import batch_accuracy
 from sau.pgd import Init
 from sau.types import Batched, Flags, Labels, Pixels, Scalar
 
-WEIGHTS = 700_000  # of the network that rho was chosen for, PreAct-ResNet18 of width 16
-
 
 class SAUSAM(TrainingDefense):
     """Unlearn shared adversarial examples in a flat neighbourhood, batch norm in train mode."""
@@ -39,6 +37,7 @@ class SAUSAM(TrainingDefense):
     name = "sau-sam"
     gradients = "images"
     few_suffice = True
+    sized = 700_000  # PreAct-ResNet18 of width 16
     when_few = {"epochs": 20, "adv_steps": 5, "weight_shared": 1.0}  # chosen on 143 images of digits
 
     epochs: int = 10
@@ -60,7 +59,7 @@ class SAUSAM(TrainingDefense):
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         # Each weight of a smaller network has a larger share of e_w.
         weights = sum(weight.numel() for weight in model.parameters())
-        rho = self.rho * min(1.0, math.sqrt(weights / WEIGHTS))
+        rho = self.rho * min(1.0, math.sqrt(weights / self.sized))
         return {**super().prepare(model, batches), "_reference": reference, "_sam": FTSAM(rho=rho)}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
