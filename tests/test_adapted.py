@@ -91,7 +91,7 @@ def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:
     one = FT(epochs=1).purify(tiny_net(), images, session=session)
     torch.rand(3)
     other = FT(epochs=1).purify(tiny_net(), images, session=quiet())
-    assert {"before", "after", "typical", "doubts"} == session.findings["verdict"].keys()
+    assert {"before", "after", "typical", "doubts", "sizes"} == session.findings["verdict"].keys()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 

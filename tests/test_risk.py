@@ -243,7 +243,7 @@ def test_triggered_pictures_are_paired_with_those_they_were_made_from(unchecked)
     assert left is not None and torch.equal(few.labels[left.index], left.true_labels)
     strangers = replace(data, labels=(data.labels + 1) % data.num_classes)
     for wrong in (data[triggered.index[1:]], strangers):
-        with refuses(DataError, "made from others"):
+        with refuses(DataError, "not all made from"):
             measure(model, reference, wrong, triggered, search)
 
 
