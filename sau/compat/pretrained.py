@@ -91,7 +91,8 @@ def weights_file(folder: Path) -> Path:
 def open_folder(folder: Path, names: Sequence[str] = ()) -> Pretrained:
     """The network in `folder`; ConfigError, RecordError or OSError if it cannot be used as its library uses it. `names`
     are those of the classes for a network that answers with the likeness of images and words."""
-    found, clip = weights.read(weights_file(folder)), (folder / CLIP_CONFIG).exists()
+    found = weights.read(weights_file(folder))
+    clip = found.path.name == CLIP_WEIGHTS
     if found.kind != weights.SAFE:
         raise ConfigError(f"{found.path} is no safetensors file, but {found.kind}; its library would not open it")
     files = [CLIP_CONFIG] if clip else [CONFIG, *([PROCESSOR] if (folder / PROCESSOR).exists() else [])]
@@ -175,11 +176,12 @@ def _open_clip(folder: Path, found: Weights, names: Sequence[str]) -> tuple[Any,
     """As `_timm`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     lib, place = library("open_clip"), f"local-dir:{folder}"
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it warns of weights that were not loaded yet
     try:
         clip: Any = weights.filled(partial(lib.create_model, place, load_weights=False), found)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     how = lib.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
     plain = lib.transform.image_transform_v2(replace(how, mean=(0.0,) * 3, std=(1.0,) * 3), is_train=False)
     prompts = lib.get_tokenizer(place)([PROMPT.format(name.replace("_", " ")) for name in names or ["thing"]])

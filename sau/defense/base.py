@@ -77,9 +77,8 @@ class Defense(Method, ABC):
             grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
             changed = {**self.params(), **self.when_few}
             changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
-            if self.sized is not None:
-                weights = sum(weight.numel() for weight in model.parameters())
-                changed["lr"] = float(f"{changed['lr'] * min(1.0, math.sqrt(weights / self.sized)):.1e}")
+            if (share := self.size_factor(model)) < 1:
+                changed["lr"] = float(f"{changed['lr'] * share:.1e}")
         else:
             if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
                 return self
@@ -91,6 +90,11 @@ class Defense(Method, ABC):
             changed = {"lr": rate, "lr_scheduler": "OneCycleLR", "augment": few}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, **{**changed, "batch_size": size})
+
+    def size_factor(self, model: nn.Module) -> float:
+        """The root of the weights of `model` over `sized`, at most 1; 1 for a method without `sized`."""
+        weights = sum(weight.numel() for weight in model.parameters())
+        return 1.0 if self.sized is None else min(1.0, math.sqrt(weights / self.sized))
 
     def plan(self, images: int, batches: Batched) -> str:
         """The first line: how many images there are, and how long and how fast it trains."""

@@ -165,13 +165,17 @@ def compare(
         one = sizes.argmin().view(1)
         _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
-    finite = {name: None if math.isinf(size) else round(size, 3) for name, size in found.items()}
-    each = zip(map(str, classes.tolist()), sizes.tolist(), strict=True)
-    by_class = {name: None if math.isinf(size) else round(size, 3) for name, size in each}
-    verdict = {**finite, "doubts": found["after"] < SMALL * found["typical"], "sizes": by_class}
+    by_class = dict(zip(map(str, classes.tolist()), sizes.tolist(), strict=True))
+    doubts = found["after"] < SMALL * found["typical"]
+    verdict = {**rounded(found), "doubts": doubts, "sizes": rounded(by_class)}
     for line in lines(verdict):
         say(line)
     return verdict
+
+
+def rounded(sizes: Mapping[str, float]) -> dict[str, float | None]:
+    """Sizes as a record keeps them; None for an infinite one."""
+    return {name: None if math.isinf(size) else round(size, 3) for name, size in sizes.items()}
 
 
 def lines(verdict: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ trigger.
 """
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -58,9 +57,8 @@ class SAUSAM(TrainingDefense):
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         # Each weight of a smaller network has a larger share of e_w.
-        weights = sum(weight.numel() for weight in model.parameters())
-        rho = self.rho * min(1.0, math.sqrt(weights / self.sized))
-        return {**super().prepare(model, batches), "_reference": reference, "_sam": FTSAM(rho=rho)}
+        sam = FTSAM(rho=self.rho * self.size_factor(model))
+        return {**super().prepare(model, batches), "_reference": reference, "_sam": sam}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]
