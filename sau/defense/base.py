@@ -23,7 +23,7 @@ from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
-from sau.pgd import RADII, Ball, Init, Norm, is_radius
+from sau.pgd import FIRST, RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
@@ -230,7 +230,7 @@ class AdversarialTraining(Training):
     norm: Norm = param("L_inf", "norm of the ball; Reg means no ball", aliases=("norm_type",))
     adv_lr: float = param(0.2, "step of the search, as `eps`; every norm uses sign steps", gt=0)
     adv_steps: int = param(5, "steps of the search", ge=1)
-    pgd_init: Init = param("max", "first e: zero, max (+eps everywhere), min (-eps) or random (uniform, projected)")
+    pgd_init: Init = param("max", FIRST)
     clip_pixels: bool = param(False, "keep x + e inside [0, 1], as SAU's paper has it; its release does not")
 
     def __post_init__(self) -> None:
