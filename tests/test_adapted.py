@@ -43,6 +43,8 @@ def test_the_rate_follows_from_the_weights() -> None:
     rates = [SAU().adapted(nn.Sequential(net), 100).lr for net in (large, small)]
     assert rates == [3e-3, 8e-4]
     assert [SAUSAM().adapted(PreActResNet18(10, width), 100).lr for width in (4, 16)] == [0.005, 0.02]
+    without = SAUSAM().adapted(nn.Sequential(large), 2500)
+    assert (without.client_optimizer, without.lr, without.epochs) == ("adam", 3e-3, 20)
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:

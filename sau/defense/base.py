@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
 from sau.config import param
@@ -41,7 +42,7 @@ class Defense(Method, ABC):
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
-    sized: ClassVar[int | None] = None  # weights of the network of the defaults: with few images less have a lower rate
+    sized: ClassVar[int | None] = None  # weights of the defaults' network: few images and less weights lower the rate
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)
@@ -59,9 +60,9 @@ class Defense(Method, ABC):
 
         Below 2,000 images an epoch is cut into batches of at least 32, about as many as published, and the lengths grow
         by what is missing: as many updates at the same rate (lower by the root of the weights, if a network has fewer
-        than `sized`), with the settings of `when_few`, if any. Where these do not suffice, a method makes its
-        `updates`, unless it has so many images and the published network, PreAct-ResNet18. Their rate rises to 0.08 of
-        the typical weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images
+        than `sized`), with the settings of `when_few`, if any. Methods with `sized` do so for any number of images if a
+        network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it has so
+        many images and the published network, PreAct-ResNet18. Their rate, as that of Adam, is 0.08 of the typical weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images
         are augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
 
         Args:
@@ -71,25 +72,31 @@ class Defense(Method, ABC):
         """
         few, changed = images < ENOUGH, dict[str, Any]()
         if self.updates is None:
-            if not few or not self.lengths:
+            plain = self.sized is not None and not any(isinstance(module, _BatchNorm) for module in model.modules())
+            if not self.lengths or not (few or plain):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
             grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
             changed = {**self.params(), **self.when_few}
             changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
-            if (share := self.size_factor(model)) < 1:
+            if plain:
+                changed |= {"client_optimizer": "adam", "lr": self.weight_rate(model)}
+            elif (share := self.size_factor(model)) < 1:
                 changed["lr"] = float(f"{changed['lr'] * share:.1e}")
         else:
             if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
-            scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
-            rate = self.params()["lr"]
-            if scales:
-                rate = float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}")
-            changed = {"lr": rate, "lr_scheduler": "OneCycleLR", "augment": few}
+            changed = {"lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, **{**changed, "batch_size": size})
+
+    def weight_rate(self, model: nn.Module) -> float:
+        """0.08 of the typical weight, 1e-4 to 3e-3; `lr` where no weight is a matrix."""
+        scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
+        if not scales:
+            return float(self.params()["lr"])
+        return float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}")
 
     def size_factor(self, model: nn.Module) -> float:
         """The root of the weights of `model` over `sized`, at most 1; 1 for a method without `sized`."""
