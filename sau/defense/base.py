@@ -60,10 +60,11 @@ class Defense(Method, ABC):
 
         Below 2,000 images an epoch is cut into batches of at least 32, about as many as published, and the lengths grow
         by what is missing: as many updates at the same rate (lower by the root of the weights, if a network has fewer
-        than `sized`), with the settings of `when_few`, if any. Methods with `sized` do so for any number of images if a
-        network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it has so
-        many images and the published network, PreAct-ResNet18. Their rate, as that of Adam, is 0.08 of the typical weight (root mean square, median over layers; 3e-3 at most) and falls to 0 (OneCycleLR); few images
-        are augmented. SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
+        than `sized`), with the settings of `when_few`, if any. A method with `sized` does so for any number of images
+        if the network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it
+        has so many images and the published network, PreAct-ResNet18; their rate falls to 0 (OneCycleLR), and few
+        images are augmented. The rate of both is 0.08 of the typical weight (root mean square, median over layers; 3e-3
+        at most). SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
