@@ -134,8 +134,11 @@ def main(path: Path, defense: str = "sau") -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("network", ["cnn", "cnn_without_norm"])
-def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(network: str, attack: str) -> None:
-    row = purified(network, attack, "digits", 200, 5)
+@pytest.mark.parametrize("defense", ["sau", "sau-sam"])
+def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(
+    defense: str, network: str, attack: str
+) -> None:
+    row = purified(network, attack, "digits", 200, 5, defense)
     assert row["asr_before"] > 85
     assert row["asr_after"] <= 10 or row["warned"], row
     assert row["acc_before"] - row["acc_after"] <= 5, row
