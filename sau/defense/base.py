@@ -81,7 +81,7 @@ class Defense(Method, ABC):
             changed = {**self.params(), **self.when_few}
             changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
             if plain:
-                changed |= {"client_optimizer": "adam", "lr": self.weight_rate(model)}
+                changed |= {"client_optimizer": "adam", "lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR"}
             elif (share := self.size_factor(model)) < 1:
                 changed["lr"] = float(f"{changed['lr'] * share:.1e}")
         else:
