@@ -35,7 +35,6 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
-    few_suffice = True
     sized = 700_000  # PreAct-ResNet18 of width 16
     when_few = {"epochs": 20, "adv_steps": 5, "pgd_init": "shift"}  # chosen on 143 images of digits
 
