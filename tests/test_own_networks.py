@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sau.attack import BadNet, Blended
 from sau.data.images import Images, to_float
 from sau.data.sources import clean_subset, load
-from sau.defense import DEFENSES
+from sau.defense import DEFENSES, checks
 from sau.evaluate import score
 from sau.loop import Session
 from sau.optim import Training
@@ -107,6 +107,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
 
 
+VERDICT_STEPS = checks.STEPS  # conftest.py shortens the verdict
 VICTIMS: dict[str, nn.Module] = {}  # the last one
 
 
@@ -133,10 +134,12 @@ def main(path: Path, defense: str = "sau") -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize(("defense", "network"), [("sau", "cnn"), ("sau", "cnn_without_norm"), ("sau-sam", "cnn")])
+@pytest.mark.parametrize("network", ["cnn", "cnn_without_norm"])
+@pytest.mark.parametrize("defense", ["sau", "sau-sam"])
 def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(
-    defense: str, network: str, attack: str
+    defense: str, network: str, attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checks, "STEPS", VERDICT_STEPS)
     row = purified(network, attack, "digits", 200, 5, defense)
     assert row["asr_before"] > 85
     assert row["asr_after"] <= 10 or row["warned"], row

@@ -24,7 +24,7 @@ from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
-from sau.pgd import FIRST, RADII, Ball, Init, Norm, is_radius
+from sau.pgd import INIT_HELP, RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
@@ -42,7 +42,9 @@ class Defense(Method, ABC):
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
-    sized: ClassVar[int | None] = None  # weights of the defaults' network: few images and less weights lower the rate
+    sized: ClassVar[int | None] = (
+        None  # weights of the network of the defaults; with few images fewer have a lower rate
+    )
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)
@@ -73,14 +75,16 @@ class Defense(Method, ABC):
         """
         few, changed = images < ENOUGH, dict[str, Any]()
         if self.updates is None:
-            plain = self.sized is not None and not any(isinstance(module, _BatchNorm) for module in model.modules())
-            if not self.lengths or not (few or plain):
+            without_norm = self.sized is not None and not any(
+                isinstance(module, _BatchNorm) for module in model.modules()
+            )
+            if not self.lengths or not (few or without_norm):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
             grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
             changed = {**self.params(), **self.when_few}
             changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
-            if plain:
+            if without_norm:
                 changed |= {"client_optimizer": "adam", "lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR"}
             elif (share := self.size_factor(model)) < 1:
                 changed["lr"] = float(f"{changed['lr'] * share:.1e}")
@@ -238,7 +242,7 @@ class AdversarialTraining(Training):
     norm: Norm = param("L_inf", "norm of the ball; Reg means no ball", aliases=("norm_type",))
     adv_lr: float = param(0.2, "step of the search, as `eps`; every norm uses sign steps", gt=0)
     adv_steps: int = param(5, "steps of the search", ge=1)
-    pgd_init: Init = param("max", FIRST)
+    pgd_init: Init = param("max", INIT_HELP)
     clip_pixels: bool = param(False, "keep x + e inside [0, 1], as SAU's paper has it; its release does not")
 
     def __post_init__(self) -> None:

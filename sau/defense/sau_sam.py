@@ -26,7 +26,7 @@ from sau.defense.base import TrainingDefense
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
-from sau.pgd import FIRST, Init
+from sau.pgd import INIT_HELP, Init
 from sau.types import Batched, Flags, Labels, Pixels, Scalar
 
 
@@ -45,7 +45,7 @@ class SAUSAM(TrainingDefense):
     eps: float = param(0.2, "radius of the L_inf ball S, in [0, 1] pixels", gt=0, lt=1)
     adv_lr: float = param(0.1, "step of the search", gt=0, lt=1)
     adv_steps: int = param(2, "steps of the search", ge=1)
-    pgd_init: Init = param("random", FIRST)
+    pgd_init: Init = param("random", INIT_HELP)
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
