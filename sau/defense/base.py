@@ -92,7 +92,7 @@ class Defense(Method, ABC):
             if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
-            changed = {"lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
+            changed = {**self.when_few, "lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, **{**changed, "batch_size": size})
 
