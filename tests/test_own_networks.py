@@ -1,7 +1,8 @@
 """`SAU().purify(model, loader)` on networks that its settings were not made for: the ASR falls, or a warning says not.
 
 `python tests/test_own_networks.py docs/results/own_networks.jsonl` runs the whole table (hours on one core) and goes on
-where the file ends; CIFAR-10 is looked for in SAU_DATA. A defense may follow, like `sau-sam`.
+where the file ends; CIFAR-10 is looked for in SAU_DATA. Defenses may follow (`sau,sau-sam`) and data (`digits`,
+`cifar10`, or `timm`, which is all of CIFAR-10 with networks of timm).
 """
 
 import json
@@ -17,8 +18,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sau.attack import BadNet, Blended
-from sau.data.images import Images, to_float
+from sau.attack import BadNet, Blended, WaNet
+from sau.data.images import Augment, Images, to_float
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES, checks
 from sau.evaluate import score
@@ -57,6 +58,10 @@ def mobilenet() -> nn.Module:
     return net
 
 
+def of_timm(name: str, **settings: Any) -> nn.Module:
+    return pytest.importorskip("timm").create_model(name, num_classes=10, **settings)
+
+
 # From the size of the images to a network, and how its victim is trained.
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
     "cnn": (lambda size: cnn(True), {"lr": 0.05}),
@@ -65,17 +70,28 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
     "mobilenet_v3_small": (lambda size: mobilenet(), {"lr": 0.05}),
     "vit": (ViT, {"lr": 2e-3, "client_optimizer": "adamw"}),
 }
+TIMM: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {  # strides for 32 pixels
+    "timm_resnet18": (lambda size: of_timm("resnet18"), {"lr": 0.05}),
+    "timm_vit": (
+        lambda size: of_timm("vit_tiny_patch16_224", img_size=size, patch_size=4, depth=6),
+        {"lr": 1e-3, "client_optimizer": "adamw"},
+    ),
+    "timm_convnext": (lambda size: of_timm("convnext_atto", patch_size=2), {"lr": 1e-3, "client_optimizer": "adamw"}),
+}
 ATTACKS = {"badnet": BadNet, "blended": Blended}
-DATA = {"digits": (16, 40), "cifar10": (32, 10)}  # size of images, epochs of the victim
+DATA = {"digits": (16, 40), "cifar10": (32, 10), "timm": (32, 30)}  # size of images, epochs of the victim
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW = {"resnet18": {"digits": [200], "cifar10": [500]}, "vit": {"digits": [200], "cifar10": [500]}}
 COUNTS = [100, 1000]  # clean images
 
 
 def images(name: str) -> tuple[Images, Images]:
     """Training and test images: digits at half their size, of CIFAR-10 a fifth of each."""
-    train, test = load(name, os.environ.get("SAU_DATA", "data"))
+    train, test = load("digits" if name == "digits" else "cifar10", os.environ.get("SAU_DATA", "data"))
     if name == "digits":
         return tuple(Images.clean(one.pixels[:, :, ::2, ::2], one.labels, 10) for one in (train, test))
+    if name == "timm":
+        return train, test
     return train[torch.arange(0, len(train), 5)], test[torch.arange(0, len(test), 5)]
 
 
@@ -83,16 +99,19 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     """Train a victim, purify it with the defaults and measure both."""
     torch.manual_seed(seed)
     train, test = images(data)
-    make, recipe = NETWORKS[network]
+    make, recipe = {**NETWORKS, **TIMM}[network]
     key = f"{network}_{attack}_{data}_{seed}"
-    poison = ATTACKS[attack](pratio=0.1, attack_target=0)
+    poison = {**ATTACKS, "wanet": WaNet}[attack](pratio=0.1, attack_target=0)
+    augment = Augment(4, flip=True) if data == "timm" else None
     recipe = Training(epochs=DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
-    net, lines = make(DATA[data][0]), []
+    net, lines = make(DATA[data][0]).to(DEVICE), []
     session = Session(say=lines.append)
     poison = poison.fit_trigger(train, net, recipe, seed=seed, session=session)
     if key not in VICTIMS:
         VICTIMS.clear()
-        VICTIMS[key] = poison.fit(net, poison.poison_train(train, seed), recipe, seed=seed, session=session)
+        VICTIMS[key] = poison.fit(
+            net, poison.poison_train(train, seed), recipe, augment=augment, seed=seed, session=session
+        )
     victim, triggered = VICTIMS[key], poison.poison_test(test)
     clean = clean_subset(train, ratio=count / len(train), seed=seed)
     loader = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
@@ -111,20 +130,23 @@ VERDICT_STEPS = checks.STEPS  # conftest.py shortens the verdict
 VICTIMS: dict[str, nn.Module] = {}  # the last one
 
 
-def cells() -> Iterator[tuple[str, str, str, int, int]]:
+def cells(sets: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
     """Those of the table, the quick ones first."""
-    for data in DATA:
-        for seed in range(3):
-            for network in NETWORKS:
+    for data in sets:
+        for seed in range(2 if data == "timm" else 3):
+            for network in NETWORKS if data != "timm" else ():
                 for attack in ATTACKS:
                     for count in SLOW.get(network, {}).get(data, COUNTS):
                         yield network, attack, data, count, seed
+            for network in TIMM if data == "timm" else ():
+                for attack in (*ATTACKS, "wanet"):
+                    yield network, attack, data, 2500, seed
 
 
-def main(path: Path, defense: str = "sau") -> None:
+def main(path: Path, defenses: str = "sau", sets: str = "digits,cifar10") -> None:
     done = [{"defense": "sau", **json.loads(line)} for line in path.read_text().splitlines()] if path.exists() else []
     known = {tuple(row[name] for name in ("network", "attack", "data", "clean", "seed", "defense")) for row in done}
-    for cell in cells():
+    for *cell, defense in ((*cell, defense) for cell in cells(sets.split(",")) for defense in defenses.split(",")):
         if (*cell, defense) not in known:
             row = purified(*cell, defense)
             with path.open("a") as file:

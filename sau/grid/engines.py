@@ -44,7 +44,7 @@ class Cell:
     flags: tuple[str, ...]  # of attack/NAME.py or defense/NAME.py, all but the record root
     attack: str | None  # digest of the attack's cell; None for an attack
     threads: int
-    gpus: float  # 0 on the CPU; else 1, or for Ray the share of one that it takes
+    gpus: float  # 0 on the CPU; else the share of one that it takes
     data: tuple[str, str]  # the data set, and the folder of the data sets
 
     def log(self, root: Path) -> str:
@@ -113,8 +113,8 @@ class Local:
         threads = max(cell.threads for cell in cells)
         places = min(check_cores(cores) // threads, int(memory / needs_gb))
         require("threads", threads, places > 0, "what this machine has")
-        gpus = any(cell.gpus for cell in cells)
-        devices = visible_gpus()[:places] if gpus else [None] * places
+        share = max(cell.gpus for cell in cells)
+        devices = (list(visible_gpus()) * int(1 / share))[:places] if share else [None] * places
         require("device", "cuda", len(devices) > 0, "cpu, for this machine has no GPU")
         self.places: float = len(devices)
         self.pool, self.how, self.stopping = ThreadPoolExecutor(len(devices)), how, Event()

@@ -44,7 +44,7 @@ class Block:
     device: Literal["cpu", "cuda"] = param("cpu", "device of every cell")
     amp: bool = param(False, "true is bf16, false is fp32")
     threads: int = param(1, "CPU threads of a cell, which are part of its result", ge=1)
-    gpus: float = param(1.0, "share of a GPU that a cell takes with Ray; a local one has it to itself", gt=0, le=1)
+    gpus: float = param(1.0, "share of a GPU that a cell takes", gt=0, le=1)
     attacks: tuple[str, ...] = param((), "names of attacks; prototype trains the clean network")
     defenses: tuple[str, ...] = param((), "names of defenses; none means the attacks alone")
     seeds: tuple[int, ...] = param((0,), "random seeds, of attack and defense alike", ge=0, lt=2**32)
