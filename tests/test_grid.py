@@ -159,7 +159,7 @@ def test_every_shipped_grid_can_be_planned_and_is_named_in_the_guide(file):
     assert f"`{file.stem}`" in re.findall(r"`[\w-]+`", table)
 
 
-KEPT = "table1_cpu fp32_cpu clean_share i_bau_1e-4 precision_cpu ratios rivals_cpu variants_cpu"
+KEPT = "table1_cpu fp32_cpu clean_share precision_cpu ratios variants_cpu sau_sam_cpu sau_sam_gpu sau_sam_paper newer_gpu"
 
 
 @pytest.mark.parametrize("name", KEPT.split())
@@ -364,7 +364,7 @@ def test_all_cells_are_stopped_together(program, tmp_path):
 @pytest.mark.parametrize(("needs", "memory", "seen"), [
     ({"threads": 2}, 1.0, [None] * 2),
     ({}, 3.0, [None] * 3),
-    ({"gpus": 0.5}, 1.0, ["4", "7"]),
+    ({"gpus": 0.5}, 1.0, ["4", "7", "4", "7"]),
     ({"gpus": 1.0, "threads": 4}, 1.0, ["4"]),
 ])  # fmt: skip
 def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memory, seen):

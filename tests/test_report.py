@@ -334,7 +334,6 @@ def test_the_kept_tables_are_those_of_the_kept_summaries(script):
     _, out, _ = script("tables.py", "table", str(RESULTS / "table1_cpu.jsonl"), "--dataset", "cifar10")
     page = (RESULTS / "table1_cpu.md").read_text().replace("\n\n\n", "\n\n")
     assert f"<!-- table -->\n\n{out.rstrip()}\n\n<!-- /table -->" in page
-    assert as_csv(tables(RESULTS / "table1_cpu.jsonl", "cifar10")) == (RESULTS / "table1_cpu.csv").read_text()
 
 
 @pytest.mark.parametrize("name", ["fp32_cpu", "gpu", "cifar10_cpu"])
