@@ -42,6 +42,7 @@ class Defense(Method, ABC):
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
+    elsewhere: ClassVar[Mapping[str, Any]] = {}  # the same for other networks than PreAct-ResNet18
     sized: ClassVar[int | None] = (
         None  # weights of the network of the defaults; with few images fewer have a lower rate
     )
@@ -52,7 +53,7 @@ class Defense(Method, ABC):
     @property
     def adapting(self) -> dict[str, Any]:
         """The settings that follow from clean set and network, with their published values; given ones stand."""
-        names = {*self.lengths, *self.when_few, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
+        names = {*self.lengths, *self.when_few, *self.elsewhere, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
         names |= {"augment"} if self.updates else set()
         return {field.name: field.default for field in fields(self) if field.name in names}
 
@@ -64,9 +65,10 @@ class Defense(Method, ABC):
         by what is missing: as many updates at the same rate (lower by the root of the weights, if a network has fewer
         than `sized`), with the settings of `when_few`, if any. A method with `sized` does so for any number of images
         if the network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it
-        has so many images and the published network, PreAct-ResNet18; their rate falls to 0 (OneCycleLR), and few
-        images are augmented. The rate of both is 0.08 of the typical weight (root mean square, median over layers; 3e-3
-        at most). SAU's published 1,000 updates at 1e-4 leave the backdoors of small networks in place.
+        has so many images and the published network, PreAct-ResNet18; their rate falls to 0 (OneCycleLR), few images
+        are augmented, and other networks get the settings of `elsewhere`. The rate of both is 0.08 of the typical
+        weight (root mean square, median over layers; 3e-3 at most). SAU's published 1,000 updates at 1e-4 leave the
+        backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
@@ -89,10 +91,12 @@ class Defense(Method, ABC):
             elif (share := self.size_factor(model)) < 1:
                 changed["lr"] = float(f"{changed['lr'] * share:.1e}")
         else:
-            if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
+            usual = any(isinstance(module, PreActResNet18) for module in model.modules())
+            if usual and not few:
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
-            changed = {**self.when_few, "lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
+            changed = {"lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
+            changed |= {} if usual else self.elsewhere
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, **{**changed, "batch_size": size})
 
