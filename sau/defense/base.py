@@ -42,7 +42,7 @@ class Defense(Method, ABC):
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
-    elsewhere: ClassVar[Mapping[str, Any]] = {}  # the same for other networks than PreAct-ResNet18
+    elsewhere: ClassVar[Mapping[str, Any]] = {}  # the same for other networks with batch norm than PreAct-ResNet18
     sized: ClassVar[int | None] = (
         None  # weights of the network of the defaults; with few images fewer have a lower rate
     )
@@ -66,8 +66,8 @@ class Defense(Method, ABC):
         than `sized`), with the settings of `when_few`, if any. A method with `sized` does so for any number of images
         if the network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it
         has so many images and the published network, PreAct-ResNet18; their rate falls to 0 (OneCycleLR), few images
-        are augmented, and other networks get the settings of `elsewhere`. The rate of both is 0.08 of the typical
-        weight (root mean square, median over layers; 3e-3 at most). SAU's published 1,000 updates at 1e-4 leave the
+        are augmented, and other networks with batch norm get the settings of `elsewhere`. The rate of both is 0.08
+        of the typical weight (root mean square, median over layers; 3e-3 at most). SAU's published 1,000 updates at 1e-4 leave the
         backdoors of small networks in place.
 
         Args:
@@ -76,10 +76,9 @@ class Defense(Method, ABC):
             per_epoch: batches an epoch, where the caller makes them.
         """
         few, changed = images < ENOUGH, dict[str, Any]()
+        norm = any(isinstance(module, _BatchNorm) for module in model.modules())
         if self.updates is None:
-            without_norm = self.sized is not None and not any(
-                isinstance(module, _BatchNorm) for module in model.modules()
-            )
+            without_norm = self.sized is not None and not norm
             if not self.lengths or not (few or without_norm):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
@@ -96,7 +95,7 @@ class Defense(Method, ABC):
                 return self
             size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
             changed = {"lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
-            changed |= {} if usual else self.elsewhere
+            changed |= self.elsewhere if norm and not usual else {}
             changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
         return replace(self, **{**changed, "batch_size": size})
 
