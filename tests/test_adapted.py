@@ -47,6 +47,12 @@ def test_the_rate_follows_from_the_weights() -> None:
     assert (without.client_optimizer, without.lr, without.epochs) == ("adam", 3e-3, 20)
 
 
+def test_the_search_on_other_networks_with_batch_norm_starts_at_a_shift() -> None:
+    plain = nn.Conv2d(3, 4, 3)
+    nets = (nn.Sequential(plain, nn.BatchNorm2d(4)), nn.Sequential(plain), PreActResNet18(10, 4))
+    assert [SAU().adapted(net, 100).pgd_init for net in nets] == ["shift", "max", "max"]
+
+
 def test_a_loader_s_own_batches_are_counted() -> None:
     assert SAU().adapted(tiny_net(), 40, 3).epochs == 84
     assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34

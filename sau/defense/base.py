@@ -67,8 +67,8 @@ class Defense(Method, ABC):
         if the network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it
         has so many images and the published network, PreAct-ResNet18; their rate falls to 0 (OneCycleLR), few images
         are augmented, and other networks with batch norm get the settings of `elsewhere`. The rate of both is 0.08
-        of the typical weight (root mean square, median over layers; 3e-3 at most). SAU's published 1,000 updates at 1e-4 leave the
-        backdoors of small networks in place.
+        of the typical weight (root mean square, median over layers; 3e-3 at most). SAU's published 1,000 updates at
+        1e-4 leave the backdoors of small networks in place.
 
         Args:
             model: the network to purify, unchanged.
