@@ -79,7 +79,7 @@ TIMM: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {  # stride
     "timm_convnext": (lambda size: of_timm("convnext_atto", patch_size=2), {"lr": 1e-3, "client_optimizer": "adamw"}),
 }
 ATTACKS = {"badnet": BadNet, "blended": Blended}
-DATA = {"digits": (16, 40), "cifar10": (32, 10), "timm": (32, 30)}  # size of images, epochs of the victim
+DATA = {"digits": (16, 40), "cifar10": (32, 10), "timm": (32, 15)}  # size of images, epochs of the victim
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW = {"resnet18": {"digits": [200], "cifar10": [500]}, "vit": {"digits": [200], "cifar10": [500]}}
 COUNTS = [100, 1000]  # clean images
@@ -110,7 +110,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     if key not in VICTIMS:
         VICTIMS.clear()
         VICTIMS[key] = poison.fit(
-            net, poison.poison_train(train, seed), recipe, augment=augment, seed=seed, session=session
+            net, poison.poison_train(train, seed).to(DEVICE), recipe, augment=augment, seed=seed, session=session
         )
     victim, triggered = VICTIMS[key], poison.poison_test(test)
     clean = clean_subset(train, ratio=count / len(train), seed=seed)
@@ -120,7 +120,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     after = DEFENSES[defense]().purify(victim, loader, session=session)
     figures, networks = dict[str, float](), {"before": victim, "after": after}
     for when, each in networks.items():
-        shares = score(each, test, triggered).shares()
+        shares = score(each, test.to(DEVICE), triggered.to(DEVICE)).shares()
         figures |= {f"{name}_{when}": share.percent for name, share in shares.items() if share}
     cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed, "defense": defense}
     return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
