@@ -59,7 +59,9 @@ def mobilenet() -> nn.Module:
 
 
 def of_timm(name: str, **settings: Any) -> nn.Module:
-    return pytest.importorskip("timm").create_model(name, num_classes=10, **settings)
+    import timm  # of the extra `models`
+
+    return timm.create_model(name, num_classes=10, **settings)
 
 
 # From the size of the images to a network, and how its victim is trained.
@@ -133,14 +135,12 @@ VICTIMS: dict[str, nn.Module] = {}  # the last one
 def cells(sets: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
     """Those of the table, the quick ones first."""
     for data in sets:
-        for seed in range(2 if data == "timm" else 3):
-            for network in NETWORKS if data != "timm" else ():
-                for attack in ATTACKS:
-                    for count in SLOW.get(network, {}).get(data, COUNTS):
+        timm = data == "timm"
+        for seed in range(2 if timm else 3):
+            for network in TIMM if timm else NETWORKS:
+                for attack in (*ATTACKS, "wanet") if timm else ATTACKS:
+                    for count in [2500] if timm else SLOW.get(network, {}).get(data, COUNTS):
                         yield network, attack, data, count, seed
-            for network in TIMM if data == "timm" else ():
-                for attack in (*ATTACKS, "wanet"):
-                    yield network, attack, data, 2500, seed
 
 
 def main(path: Path, defenses: str = "sau", sets: str = "digits,cifar10") -> None:
@@ -165,7 +165,7 @@ def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(
     row = purified(network, attack, "digits", 200, 5, defense)
     assert row["asr_before"] > 85
     assert row["asr_after"] <= 10 or row["warned"], row
-    assert row["acc_before"] - row["acc_after"] <= 7, row  # the aim is 5
+    assert row["acc_before"] - row["acc_after"] <= 5, row
 
 
 if __name__ == "__main__":

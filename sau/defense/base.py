@@ -43,9 +43,7 @@ class Defense(Method, ABC):
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
     when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
     elsewhere: ClassVar[Mapping[str, Any]] = {}  # the same for other networks with batch norm than PreAct-ResNet18
-    sized: ClassVar[int | None] = (
-        None  # weights of the network of the defaults; with few images fewer have a lower rate
-    )
+    sized: ClassVar[int | None] = None  # weights that the defaults are for; with few images fewer have a lower rate
     updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)
