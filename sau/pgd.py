@@ -1,16 +1,20 @@
-"""Projected gradient ascent (PGD) inside the set S of perturbations of an image."""
+"""Searches for adversarial examples: projected gradient ascent (PGD) inside the set S of perturbations of an image, and
+patches that are the same for all images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sau.config import check, param
 from sau.errors import require
-from sau.types import Change, Flags, PerImage, Pixels
+from sau.models.normalized import at_least_fp32
+from sau.optim import Descent, adam
+from sau.types import Change, Flags, Labels, PerImage, Pixels
 
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Bounded = Literal["L_inf", "L2", "L1"]  # those that have a ball
@@ -18,6 +22,12 @@ Init = Literal["zero", "random", "max", "min", "shift"]
 INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps), random (uniform) or shift (uniform, one value an image)"
 BUCKET = 32
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
+PATCHES_HELP = "share of each batch that gets a patch, the same for all images, instead of e in S"
+FEW, STEPS, CLASSES = 20, 60, 10  # images, steps and classes of the search for the smallest patches
+MOST = 0.9  # share of the images of other classes that such a patch must lead to its class
+SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
+LARGEST = 1 / 8  # of the image, which shared patches cover at most
+Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
 RADII = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 8"
 
 
@@ -137,3 +147,105 @@ def unsettled(settled: Flags) -> Tensor:
     size costs the convolutions a set-up, so searches use few of them."""
     size = -(-int((~settled).sum()) // BUCKET) * BUCKET
     return settled.to(torch.uint8).argsort(stable=True)[:size]
+
+
+# Patches
+
+
+def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
+    """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    if logits.shape[1] <= CLASSES:
+        return torch.arange(logits.shape[1], device=x.device)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
+    with torch.no_grad():
+        led = model((x + 0.1 * gradient.sign()).clamp(0, 1)).softmax(1)
+    return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
+
+
+def stamped_losses(
+    networks: Sequence[nn.Module], x: Pixels, classes: Tensor, masks: Tensor, patterns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of all images under each patch [K, N]: the cross-entropy towards its class, summed over the networks, and whether
+    all of these see that class. Masks are [K, 1, H, W], patterns [K, C, H, W]."""
+    stamped = (x + masks[:, None] * (patterns[:, None] - x)).flatten(0, 1)
+    target = classes.repeat_interleave(len(x))
+    logits = [at_least_fp32(network(stamped)) for network in networks]
+    losses = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits]).sum(0)
+    led = torch.stack([z.argmax(1) == target for z in logits]).all(0)
+    return losses.view(len(classes), -1), led.view(len(classes), -1)
+
+
+def smallest_patches(
+    networks: Sequence[nn.Module], x: Pixels, y: Labels, classes: Tensor, start: Patches, success: float
+) -> tuple[Patches, Tensor]:
+    """The smallest patches that lead a share `success` of the images of other classes to their class in all networks.
+
+    Adam on masks and patterns from those of `start`; the cost of a mask rises by a factor 1.3 at each step where the
+    patch works, and falls by it where not. Also returns |m|_1 in pixels [K]; infinite where no patch worked.
+    """
+    masks, patterns = (part.clone() for part in start)
+    sizes = torch.full(classes.shape, torch.inf, device=x.device)
+    logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in start]
+    descent = adam(0.3, adam_betas=(0.5, 0.9)).descent(logits, 1)
+    cost = torch.full(classes.shape, 0.02, device=x.device)
+    others = (y != classes[:, None]).float()
+    for _ in range(STEPS):
+        mask, pattern = (part.sigmoid() for part in logits)
+        size = logits[0].sigmoid().flatten(1).sum(1)
+        losses, led = stamped_losses(networks, x, classes, mask, pattern)
+        works = (led * others).sum(1) / others.sum(1).clamp_min(1) >= success
+        with torch.no_grad():
+            better = works & (size < sizes)
+            masks[better], patterns[better], sizes[better] = mask[better], pattern[better], size[better]
+            cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
+        descent.follow(torch.autograd.grad(((losses * others).mean(1) + cost * size).sum(), logits))
+    return (masks, patterns), sizes
+
+
+def patch_of_each_class(network: nn.Module, x: Pixels, y: Labels) -> tuple[Tensor, Patches, Tensor]:
+    """Classes [K], and the smallest patch of each that leads 9 of 10 of a few images there, with its size [K]."""
+    x, y = x[:FEW], y[:FEW]
+    classes = likely_classes(network, x, y)
+    masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) - 1).sigmoid()  # faint, of grey
+    patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
+    return classes, *smallest_patches([network], x, y, classes, (masks, patterns), MOST)
+
+
+class SharedPatches(nn.Module):
+    """Shared adversarial examples of SAU that are the same for all images: one patch a class, x' = (1 - m) x + m p.
+
+    The ball S holds small changes of all pixels, but no trigger like BadNets' patch. The patches begin as the smallest
+    of the backdoored network h_b and climb the loss of both networks, a step of Adam a batch, while a cost holds |m|_1
+    at half the median of their first sizes.
+
+    Args:
+        network: h_b.
+        x: a batch of clean images [B, C, H, W] in [0, 1].
+        y: their labels [B].
+    """
+
+    def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
+        super().__init__()
+        self.classes, (masks, patterns), sizes = patch_of_each_class(network, x, y)
+        self.masks, self.patterns = (nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in (masks, patterns))
+        self.limit = (SMALL * sizes.median()).clamp_max(LARGEST * masks[0].numel())
+        self.cost: Tensor = nn.Buffer(torch.full_like(sizes, 0.02))
+
+    def descent(self) -> Descent:
+        """What moves them."""
+        return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
+
+    def stamp(self, x: Pixels, chosen: Tensor) -> Pixels:
+        """x', each image under the patch of the class of that number."""
+        return x + self.masks.sigmoid()[chosen] * (self.patterns.sigmoid()[chosen] - x)
+
+    def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:
+        """Each image under the patch of a random class, after a step of the patches."""
+        chosen = torch.randint(len(self.classes), (len(x),), device=x.device)
+        stamped, size = self.stamp(x, chosen), self.masks.sigmoid().flatten(1).sum(1)
+        loss = sum(F.cross_entropy(at_least_fp32(network(stamped)), self.classes[chosen]) for network in networks)
+        self.cost.mul_(torch.where(size.detach() > self.limit, 1.2, 1 / 1.2)).clamp_(1e-4, 1)
+        descent.follow(torch.autograd.grad(loss + (self.cost * size).mean(), descent.parameters))
+        return self.stamp(x, chosen).detach()

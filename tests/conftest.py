@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search at the end of `purify` takes longer than what most tests purify."""
-    monkeypatch.setattr("sau.defense.checks.STEPS", 0)
+    monkeypatch.setattr("sau.pgd.STEPS", 0)
 
 
 @pytest.fixture

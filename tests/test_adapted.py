@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from toys import planted, quiet, tiny_net, toy_images
 
+from sau import pgd
 from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM
-from sau.defense import checks as verdicts
-from sau.defense.checks import compare, likely_classes, lines
+from sau.defense.checks import compare, lines
 from sau.loop import Session
 from sau.models import PreActResNet18
+from sau.pgd import likely_classes
 
 
 @pytest.mark.parametrize("defense", [SAU, AT])
@@ -82,7 +83,7 @@ def test_what_the_user_gives_stands() -> None:
 
 
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "STEPS", 60)
+    monkeypatch.setattr(pgd, "STEPS", 60)
     net, _, (x, y), _ = planted()
     kept = compare(planted()[0], net, x, y, print)
     assert kept["doubts"] and lines(kept)[0].startswith("warning: too little changed")
@@ -109,4 +110,4 @@ def test_many_classes_are_searched_where_images_lead() -> None:
     with torch.no_grad():
         net[1].bias[7] = 0.5
     classes = likely_classes(net, torch.rand(12, 3, 4, 4), torch.zeros(12, dtype=torch.long))
-    assert len(classes) == verdicts.CLASSES and 7 in classes
+    assert len(classes) == pgd.CLASSES and 7 in classes

@@ -166,7 +166,7 @@ def test_the_search_starts_at_random_inside_the_ball():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(SAUSAM(eps=EPS).search(net, reference, x, y)[0])
+        found.append(SAUSAM(eps=EPS).search({"model": net, "_reference": reference}, x, y)[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert ((found[0] - x).abs() <= EPS + 1e-12).all()
 

@@ -22,7 +22,7 @@ from sau.verify import compare, verify
 def few_digits_here(few: sources.Source) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sources.SOURCES, "digits", few)
-        patch.setattr("sau.defense.checks.STEPS", 0)
+        patch.setattr("sau.pgd.STEPS", 0)
         yield
 
 

@@ -13,26 +13,22 @@ if only on a part of the images, keeps its patch far smaller than those of the o
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.data.batches import check_counts, seeded, unaugmented
 from sau.errors import ConfigError, TrainingError
 from sau.loop import Session
 from sau.models import normalized
-from sau.optim import adam
+from sau.pgd import SMALL, patch_of_each_class, smallest_patches
 from sau.types import Batched, Labels, Pixels
 
 HARM = 0.1  # of the clean images
 SHUFFLED = 20  # images that chance does not sort by class
-FEW, MANY, STEPS, CLASSES = 20, 60, 60, 10  # images and steps of the verdict's searches before and after
-MOST, HALF = 0.9, 0.5  # share of images that a patch must send to its class before and after
-SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
-Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
+MANY, HALF = 60, 0.5  # images of the verdict's second search, and the share that its patch must lead
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -158,10 +154,7 @@ def compare(
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     with seeded(1):
-        classes = likely_classes(attacked, x[:FEW], y[:FEW])
-        masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) - 1).sigmoid()  # faint, of grey
-        patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
-        (masks, patterns), sizes = smallest_patches([attacked], x[:FEW], y[:FEW], classes, (masks, patterns), MOST)
+        classes, (masks, patterns), sizes = patch_of_each_class(attacked, x, y)
         one = sizes.argmin().view(1)
         _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
@@ -186,55 +179,3 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
     found = f"smallest patch that leads images to one class: {before} before, {after} after (other classes: {typical})"
     doubts = "too little changed to have removed a backdoor; try other settings or more clean images"
     return [f"warning: {doubts}"] * verdict["doubts"] + [f"{found}; this is no proof"]
-
-
-def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
-    """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
-    x = x.detach().requires_grad_()
-    logits = model(x)
-    if logits.shape[1] <= CLASSES:
-        return torch.arange(logits.shape[1], device=x.device)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), x)
-    with torch.no_grad():
-        led = model((x + 0.1 * gradient.sign()).clamp(0, 1)).softmax(1)
-    return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
-
-
-def stamped_losses(
-    networks: Sequence[nn.Module], x: Pixels, classes: Tensor, masks: Tensor, patterns: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of all images under each patch [K, N]: the cross-entropy towards its class, summed over the networks, and whether
-    all of these see that class. Masks are [K, 1, H, W], patterns [K, C, H, W]."""
-    stamped = (x + masks[:, None] * (patterns[:, None] - x)).flatten(0, 1)
-    target = classes.repeat_interleave(len(x))
-    logits = [normalized.at_least_fp32(network(stamped)) for network in networks]
-    losses = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits]).sum(0)
-    led = torch.stack([z.argmax(1) == target for z in logits]).all(0)
-    return losses.view(len(classes), -1), led.view(len(classes), -1)
-
-
-def smallest_patches(
-    networks: Sequence[nn.Module], x: Pixels, y: Labels, classes: Tensor, start: Patches, success: float
-) -> tuple[Patches, Tensor]:
-    """The smallest patches that lead a share `success` of the images of other classes to their class in all networks.
-
-    Adam on masks and patterns from those of `start`; the cost of a mask rises by a factor 1.3 at each step where the
-    patch works, and falls by it where not. Also returns |m|_1 in pixels [K]; infinite where no patch worked.
-    """
-    masks, patterns = (part.clone() for part in start)
-    sizes = torch.full(classes.shape, torch.inf, device=x.device)
-    logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in start]
-    descent = adam(0.3, adam_betas=(0.5, 0.9)).descent(logits, 1)
-    cost = torch.full(classes.shape, 0.02, device=x.device)
-    others = (y != classes[:, None]).float()
-    for _ in range(STEPS):
-        mask, pattern = (part.sigmoid() for part in logits)
-        size = logits[0].sigmoid().flatten(1).sum(1)
-        losses, led = stamped_losses(networks, x, classes, mask, pattern)
-        works = (led * others).sum(1) / others.sum(1).clamp_min(1) >= success
-        with torch.no_grad():
-            better = works & (size < sizes)
-            masks[better], patterns[better], sizes[better] = mask[better], pattern[better], size[better]
-            cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
-        descent.follow(torch.autograd.grad(((losses * others).mean(1) + cost * size).sum(), logits))
-    return (masks, patterns), sizes

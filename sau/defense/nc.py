@@ -25,10 +25,10 @@ from sau import loop
 from sau.config import param
 from sau.data.batches import rebatch, stack_batches, unaugmented
 from sau.defense.base import TrainingDefense
-from sau.defense.checks import stamped_losses
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.optim import adam
+from sau.pgd import stamped_losses
 from sau.types import Batched, Labels, Pixels
 
 SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
+from sau.data.batches import first_batch
 from sau.defense.base import AdversarialTraining, TrainingDefense
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
-from sau.pgd import unsettled
+from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
@@ -68,6 +69,7 @@ class SAU(AdversarialTraining, TrainingDefense):
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
+    patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
         "prediction", "fooled: the answer differs from the clean one (prediction, as released) or the label (paper)"
@@ -80,7 +82,15 @@ class SAU(AdversarialTraining, TrainingDefense):
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), len(batches) * self.outer_steps)
-        return {"model": model.eval(), "_reference": reference, "descent": descent, **search_twin(model)}
+        state = {"model": model.eval(), "_reference": reference, "descent": descent, **search_twin(model)}
+        return {**state, **self.start_patches(reference, batches)}
+
+    def start_patches(self, reference: nn.Module, batches: Batched) -> dict[str, Any]:
+        """The patches and what moves them, where some images get one."""
+        if not self.patches:
+            return {}
+        patches = SharedPatches(reference, *first_batch(batches))
+        return {"patches": patches, "patch_descent": patches.descent()}
 
     def supports_microbatch(self) -> bool:
         return self.outer_steps == 1
@@ -93,7 +103,7 @@ class SAU(AdversarialTraining, TrainingDefense):
                 z = model(x)  # its graph serves the outer loss, so the clean pass is made once
             with torch.no_grad():
                 clean_ref = reference(x).argmax(1)
-            delta, s = self.shared_pgd(state.get("frozen", model), reference, x, y, z.argmax(1), clean_ref)
+            delta, s = self.search(state, x, y, z.argmax(1), clean_ref)
             mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
             report: dict[str, Tensor] = {}
             for _ in range(self.outer_steps):
@@ -111,6 +121,18 @@ class SAU(AdversarialTraining, TrainingDefense):
                 counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
                 report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **counts}
         return report
+
+    def search(
+        self, state: dict[str, Any], x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
+    ) -> tuple[Change, Labels]:
+        """e and s of `shared_pgd`; the first images, as many as `patches` says, have e from a patch instead."""
+        model, reference, n = state.get("frozen", state["model"]), state["_reference"], int(self.patches * len(x))
+        delta, s = self.shared_pgd(model, reference, x[n:], y[n:], clean[n:], clean_ref[n:])
+        if not n:
+            return delta, s
+        stamped = state["patches"].ascend((model, reference), state["patch_descent"], x[:n])
+        with torch.no_grad():
+            return torch.cat([stamped - x[:n], delta]), torch.cat([reference(stamped).argmax(1), s])
 
     def shared_pgd(
         self, model: Network, reference: Network, x: Pixels, y: Labels, clean: Labels, clean_ref: Labels

@@ -26,7 +26,7 @@ from sau.defense.base import TrainingDefense
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
-from sau.pgd import INIT_HELP, Init
+from sau.pgd import INIT_HELP, PATCHES_HELP, Init
 from sau.types import Batched, Flags, Labels, Pixels, Scalar
 
 
@@ -49,28 +49,35 @@ class SAUSAM(TrainingDefense):
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
+    patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         # Each weight of a smaller network has a larger share of e_w.
         sam = FTSAM(rho=self.rho * self.size_factor(model))
-        return {**super().prepare(model, batches), "_reference": reference, "_sam": sam}
+        patches = self.sau.start_patches(reference, batches)
+        return {**super().prepare(model, batches), "_reference": reference, "_sam": sam, **patches}
+
+    @property
+    def sau(self) -> SAU:
+        """Whose search it is."""
+        names = ("eps", "adv_lr", "adv_steps", "pgd_init", "patches")
+        return SAU(**{name: self.params()[name] for name in names})
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]
-        found = self.search(model.eval(), state["_reference"], x, y)
+        found = self.search(state, x, y)
         logits = model.train()(x)
         loss = self.loss(model, logits, y, *found)
         worst = state["_sam"].update(model, state["descent"], loss, lambda: self.loss(model, model(x), y, *found))
         return {"loss": loss, "worst_loss": worst, "shared": found[2].sum(), "clean_acc": batch_accuracy(logits, y)}
 
-    def search(self, model: nn.Module, reference: nn.Module, x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags]:
+    def search(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags]:
         """x', s, and where s is neither the label nor h_b's answer on x."""
-        sau = SAU(eps=self.eps, adv_lr=self.adv_lr, adv_steps=self.adv_steps, pgd_init=self.pgd_init)
         with torch.no_grad():
-            clean, clean_ref = model(x).argmax(1), reference(x).argmax(1)
-        delta, s = sau.shared_pgd(model, reference, x, y, clean, clean_ref)
+            clean, clean_ref = state["model"].eval()(x).argmax(1), state["_reference"](x).argmax(1)
+        delta, s = self.sau.search(state, x, y, clean, clean_ref)
         return x + delta, s, (s != y) & (s != clean_ref)
 
     def loss(self, model: nn.Module, logits: Tensor, y: Labels, adversarial: Pixels, s: Labels, mask: Flags) -> Scalar:
