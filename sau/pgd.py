@@ -246,6 +246,6 @@ class SharedPatches(nn.Module):
         chosen = torch.randint(len(self.classes), (len(x),), device=x.device)
         stamped, size = self.stamp(x, chosen), self.masks.sigmoid().flatten(1).sum(1)
         loss = sum(F.cross_entropy(at_least_fp32(network(stamped)), self.classes[chosen]) for network in networks)
-        self.cost.mul_(torch.where(size.detach() > self.limit, 1.2, 1 / 1.2)).clamp_(1e-4, 1)
+        self.cost.mul_(torch.where(size.detach() > self.limit, 1.2, 1 / 1.2)).clamp_(1e-4, 10)
         descent.follow(torch.autograd.grad(loss + (self.cost * size).mean(), descent.parameters))
         return self.stamp(x, chosen).detach()

@@ -277,4 +277,5 @@ class Settings:
 
     def adapted(self, method: Defense, model: nn.Module, images: int) -> Defense:
         """`method` as the clean set asks for it (`Defense.adapted`), unless the user has set what follows from it."""
-        return method if self.asked & {*method.adapting} else method.adapted(model, images)
+        adapted = method.adapted(model, images)
+        return method if self.asked & method.changes(adapted) else adapted

@@ -1,5 +1,6 @@
 """Settings that follow from the clean set and the network, and the verdict at the end."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM
 from sau.defense.checks import compare, lines
 from sau.loop import Session
 from sau.models import PreActResNet18
-from sau.pgd import likely_classes
+from sau.pgd import SharedPatches, likely_classes
 
 
 @pytest.mark.parametrize("defense", [SAU, AT])
@@ -33,7 +34,7 @@ def test_few_images_make_about_as_many_updates_as_published_ones(name: str, imag
         return
     published, now = -(-2500 // method.batch_size), -(-images // fitting.batch_size)
     for length in method.lengths:
-        updates = {**method.params(), **method.when_few}[length] * published
+        updates = (20 if name == "sau-sam" else getattr(method, length)) * published
         assert updates <= getattr(fitting, length) * now < updates + now, length
     assert method.adapted(PreActResNet18(10, 4), 2000) == method
 
@@ -48,10 +49,37 @@ def test_the_rate_follows_from_the_weights() -> None:
     assert (without.client_optimizer, without.lr, without.epochs) == ("adam", 3e-3, 20)
 
 
-def test_the_search_on_other_networks_with_batch_norm_starts_at_a_shift() -> None:
+def test_half_of_the_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
-    nets = (nn.Sequential(plain, nn.BatchNorm2d(4)), nn.Sequential(plain), PreActResNet18(10, 4))
-    assert [SAU().adapted(net, 100).pgd_init for net in nets] == ["shift", "max", "max"]
+    for net in (nn.Sequential(plain, nn.BatchNorm2d(4)), nn.Sequential(plain)):
+        few = [defense().adapted(net, 100) for defense in (SAU, SAUSAM)]
+        assert [one.patches for one in few] == [0.5, 0.5] and few[0].pgd_init == "random"
+    assert SAU().patches == SAUSAM().patches == 0
+
+
+def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pgd, "STEPS", 60)
+    net, _, (x, y), _ = planted()
+    torch.manual_seed(0)
+    patches = SharedPatches(net.requires_grad_(False), x, y)
+    descent, other = patches.descent(), planted()[0]
+    for _ in range(60):
+        patches.ascend((net, other), descent, x)
+    sizes, zero = patches.masks.detach().sigmoid().flatten(1).sum(1), torch.zeros_like(y)
+    assert patches.limit < 3 and bool((sizes < 1.5 * patches.limit).all())
+    led = [each(patches.stamp(x, zero)).argmax(1) == 0 for each in (net, other)]
+    assert min(float(one.float().mean()) for one in led) > 0.45 > 1.5 * float((y == 0).float().mean())
+
+
+def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> None:
+    x, y = torch.rand(20, 3, 8, 8), torch.arange(20) % 4
+    net = tiny_net().eval()
+    method = SAU(patches=0.3, eps=0.01, adv_lr=0.01)
+    state = method.prepare(net, [(x, y)])
+    before = copy.deepcopy(state["patches"].state_dict())
+    delta, s = method.search(state, x, y, net(x).argmax(1), net(x).argmax(1))
+    assert (delta[:6].abs().flatten(1).amax(1) > 0.02).all() and delta[6:].abs().max() <= 0.0101
+    assert torch.equal(s, net(x + delta).argmax(1)) and not torch.equal(before["masks"], state["patches"].masks)
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:

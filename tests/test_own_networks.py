@@ -18,10 +18,11 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sau import pgd
 from sau.attack import BadNet, Blended, WaNet
 from sau.data.images import Augment, Images, to_float
 from sau.data.sources import clean_subset, load
-from sau.defense import DEFENSES, checks
+from sau.defense import DEFENSES
 from sau.evaluate import score
 from sau.loop import Session
 from sau.optim import Training
@@ -128,7 +129,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
 
 
-VERDICT_STEPS = checks.STEPS  # conftest.py shortens the verdict
+VERDICT_STEPS = pgd.STEPS  # conftest.py shortens the verdict
 VICTIMS: dict[str, nn.Module] = {}  # the last one
 
 
@@ -161,7 +162,7 @@ def main(path: Path, defenses: str = "sau", sets: str = "digits,cifar10") -> Non
 def test_the_backdoor_of_an_own_network_is_removed_or_a_warning_stands_there(
     defense: str, network: str, attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "STEPS", VERDICT_STEPS)
+    monkeypatch.setattr(pgd, "STEPS", VERDICT_STEPS)
     row = purified(network, attack, "digits", 200, 5, defense)
     assert row["asr_before"] > 85
     assert row["asr_after"] <= 10 or row["warned"], row

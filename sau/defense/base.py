@@ -2,15 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
 from sau.config import param
@@ -30,8 +29,16 @@ from sau.types import Batched, Labels, Loader, Pixels
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
 SMALLEST_BATCH = 32
+UPDATES = 250  # of SAU and AT where their published settings do not hold
 Gradients = Literal["none", "weights", "images"]
 Select = Literal["defender", "oracle"]
+
+
+def weight_rate(model: nn.Module) -> float:
+    """0.08 of the typical weight (root mean square, median over layers), 1e-4 to 3e-3: a rate for Adam."""
+    scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
+    typical = float(torch.stack(scales).median()) if scales else 0.0
+    return float(f"{min(3e-3, max(1e-4, 0.08 * typical)):.1e}")
 
 
 class Defense(Method, ABC):
@@ -41,73 +48,38 @@ class Defense(Method, ABC):
     gradients: ClassVar[Gradients] = "weights"  # images: also of the logits to the images
     few_suffice: ClassVar[bool] = False  # whether 143 images removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
-    when_few: ClassVar[Mapping[str, Any]] = {}  # settings instead of the defaults below 2,000 images
-    elsewhere: ClassVar[Mapping[str, Any]] = {}  # the same for other networks with batch norm than PreAct-ResNet18
-    sized: ClassVar[int | None] = None  # weights that the defaults are for; with few images fewer have a lower rate
-    updates: ClassVar[int | None] = None  # where the published settings do not hold; None: as many as published
 
     batch_size: int = param(256, "images in a batch", ge=1)
 
-    @property
-    def adapting(self) -> dict[str, Any]:
-        """The settings that follow from clean set and network, with their published values; given ones stand."""
-        names = {*self.lengths, *self.when_few, *self.elsewhere, "batch_size", "lr", "lr_scheduler", "client_optimizer"}
-        names |= {"augment"} if self.updates else set()
-        return {field.name: field.default for field in fields(self) if field.name in names}
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """These settings for another network or clean set than PreAct-ResNet18 and the published 2,500 images.
 
-    @final
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
-        """These settings for another clean set than the published 2,500 images.
-
-        Below 2,000 images an epoch is cut into batches of at least 32, about as many as published, and the lengths grow
-        by what is missing: as many updates at the same rate (lower by the root of the weights, if a network has fewer
-        than `sized`), with the settings of `when_few`, if any. A method with `sized` does so for any number of images
-        if the network has no batch norm, with Adam. Where these do not suffice, a method makes its `updates`, unless it
-        has so many images and the published network, PreAct-ResNet18; their rate falls to 0 (OneCycleLR), few images
-        are augmented, and other networks with batch norm get the settings of `elsewhere`. The rate of both is 0.08
-        of the typical weight (root mean square, median over layers; 3e-3 at most). SAU's published 1,000 updates at
-        1e-4 leave the backdoors of small networks in place.
+        Here: with fewer than 2,000 images as many updates as published (`same_updates`). Methods with other rules have
+        this method on their page.
 
         Args:
             model: the network to purify, unchanged.
             images: how many clean images there are.
             per_epoch: batches an epoch, where the caller makes them.
         """
-        few, changed = images < ENOUGH, dict[str, Any]()
-        norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-        if self.updates is None:
-            without_norm = self.sized is not None and not norm
-            if not self.lengths or not (few or without_norm):
-                return self
-            size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
-            grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
-            changed = {**self.params(), **self.when_few}
-            changed |= {name: math.ceil(changed[name] * grow) for name in self.lengths}
-            if without_norm:
-                changed |= {"client_optimizer": "adam", "lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR"}
-            elif (share := self.size_factor(model)) < 1:
-                changed["lr"] = float(f"{changed['lr'] * share:.1e}")
-        else:
-            usual = any(isinstance(module, PreActResNet18) for module in model.modules())
-            if usual and not few:
-                return self
-            size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
-            changed = {"lr": self.weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
-            changed |= self.elsewhere if norm and not usual else {}
-            changed["epochs"] = math.ceil(self.updates / (per_epoch or -(-images // size)))
-        return replace(self, **{**changed, "batch_size": size})
+        return self.same_updates(images, per_epoch) if images < ENOUGH else self
 
-    def weight_rate(self, model: nn.Module) -> float:
-        """0.08 of the typical weight, 1e-4 to 3e-3; `lr` where no weight is a matrix."""
-        scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
-        if not scales:
-            return float(self.params()["lr"])
-        return float(f"{min(3e-3, max(1e-4, 0.08 * float(torch.stack(scales).median()))):.1e}")
+    def same_updates(self, images: int, per_epoch: int | None, **settings: Any) -> Self:
+        """With these `settings`, an epoch in batches of at least 32, about as many as published, and the lengths grown
+        by what is missing."""
+        if not self.lengths:
+            return self
+        size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
+        grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
+        published = {**self.params(), **settings}
+        lengths = {name: math.ceil(published[name] * grow) for name in self.lengths}
+        return replace(self, **{**settings, **lengths, "batch_size": size})
 
-    def size_factor(self, model: nn.Module) -> float:
-        """The root of the weights of `model` over `sized`, at most 1; 1 for a method without `sized`."""
-        weights = sum(weight.numel() for weight in model.parameters())
-        return 1.0 if self.sized is None else min(1.0, math.sqrt(weights / self.sized))
+    def changes(self, adapted: "Defense") -> set[str]:
+        """The settings that `adapted` changes; with those of every update, which belong together."""
+        ours, theirs = self.params(), adapted.params()
+        changed = {name for name in ours if ours[name] != theirs[name]}
+        return changed and changed | ({"batch_size", "lr", "lr_scheduler", "client_optimizer"} & ours.keys())
 
     def plan(self, images: int, batches: Batched) -> str:
         """The first line: how many images there are, and how long and how fast it trains."""
@@ -167,8 +139,10 @@ class Defense(Method, ABC):
                 right, images = checks.check_before(self, owned, batches, session)
             attacked = checks.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
-            published = settings == "auto" and self.adapting.items() <= self.params().items()
-            method = self.adapted(owned, images, per_epoch) if published else self
+            method = self if settings == "as_given" else self.adapted(owned, images, per_epoch)
+            defaults = {field.name: field.default for field in fields(self)}
+            if any(self.params()[name] != defaults[name] for name in self.changes(method)):
+                method = self
             batches.size = method.batch_size
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches))
@@ -230,7 +204,6 @@ class AdversarialTraining(Training):
 
     gradients: ClassVar[Gradients] = "images"
     few_suffice: ClassVar[bool] = True
-    updates: ClassVar[int | None] = 250
     compiles: ClassVar[bool] = True
 
     epochs: int = param(100, aliases=("n_rounds",))
@@ -250,6 +223,18 @@ class AdversarialTraining(Training):
         super().__post_init__()
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """For another network or fewer than 2,000 images: 250 updates in batches of at least 32, at a rate that follows
+        from the weights and falls to 0 (OneCycleLR); few images are augmented. The published 1,000 updates at 1e-4
+        leave the backdoors of small networks in place."""
+        few = images < ENOUGH
+        if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
+            return self
+        size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
+        epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))
+        changed: dict[str, Any] = {"lr": weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
+        return replace(self, **changed, epochs=epochs, batch_size=size)
 
     @property
     def ball(self) -> Ball:

@@ -13,7 +13,8 @@ and the clamps of `unsharing_loss` are where its released code departs from them
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,6 @@ class SAU(AdversarialTraining, TrainingDefense):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    elsewhere = {"pgd_init": "shift", "adv_lr": 0.1}
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
@@ -78,6 +78,11 @@ class SAU(AdversarialTraining, TrainingDefense):
     outer_mask: Literal["moved", "wrong"] = param(
         "moved", "moved (as released): s must also differ from h_b's answer to the clean image; wrong: it need not"
     )
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """On other networks the search starts at random, in smaller steps, and half of the images get a patch."""
+        found = super().adapted(model, images, per_epoch)
+        return found if found is self else replace(found, pgd_init="random", adv_lr=0.1, patches=0.5)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)

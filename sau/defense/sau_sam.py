@@ -15,14 +15,16 @@ trigger.
 """
 
 import copy
-from typing import Any
+import math
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.config import param
-from sau.defense.base import TrainingDefense
+from sau.defense.base import ENOUGH, TrainingDefense, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
@@ -30,13 +32,16 @@ from sau.pgd import INIT_HELP, PATCHES_HELP, Init
 from sau.types import Batched, Flags, Labels, Pixels, Scalar
 
 
+def size_factor(model: nn.Module) -> float:
+    """The root of the number of weights over 700,000, of PreAct-ResNet18 of width 16; at most 1."""
+    return min(1.0, math.sqrt(sum(weight.numel() for weight in model.parameters()) / 700_000))
+
+
 class SAUSAM(TrainingDefense):
     """Unlearn shared adversarial examples in a flat neighbourhood, batch norm in train mode."""
 
     name = "sau-sam"
     gradients = "images"
-    sized = 700_000  # PreAct-ResNet18 of width 16
-    when_few = {"epochs": 20, "adv_steps": 5, "pgd_init": "shift"}  # chosen on 143 images of digits
 
     epochs: int = 10
     batch_size: int = 128
@@ -52,10 +57,21 @@ class SAUSAM(TrainingDefense):
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+        """With fewer than 2,000 images as many updates as 20 rounds, chosen on 143 images of digits, at a rate that
+        falls as rho; so too without batch norm, but by Adam."""
+        norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+        if norm and images >= ENOUGH:
+            return self
+        rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
+        if not norm:
+            rate = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
+        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, pgd_init="shift", patches=0.5, **rate)
+
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         # Each weight of a smaller network has a larger share of e_w.
-        sam = FTSAM(rho=self.rho * self.size_factor(model))
+        sam = FTSAM(rho=self.rho * size_factor(model))
         patches = self.sau.start_patches(reference, batches)
         return {**super().prepare(model, batches), "_reference": reference, "_sam": sam, **patches}
 
