@@ -34,6 +34,11 @@ Gradients = Literal["none", "weights", "images"]
 Select = Literal["defender", "oracle"]
 
 
+def is_published(model: nn.Module) -> bool:
+    """Whether it is PreAct-ResNet18, for which published settings were made."""
+    return any(isinstance(module, PreActResNet18) for module in model.modules())
+
+
 def weight_rate(model: nn.Module) -> float:
     """0.08 of the typical weight (root mean square, median over layers), 1e-4 to 3e-3: a rate for Adam."""
     scales = [p.detach().square().mean().sqrt() for p in model.parameters() if p.ndim > 1]
@@ -229,7 +234,7 @@ class AdversarialTraining(Training):
         from the weights and falls to 0 (OneCycleLR); few images are augmented. The published 1,000 updates at 1e-4
         leave the backdoors of small networks in place."""
         few = images < ENOUGH
-        if not few and any(isinstance(module, PreActResNet18) for module in model.modules()):
+        if is_published(model) and not few:
             return self
         size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
         epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))

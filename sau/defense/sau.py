@@ -8,7 +8,8 @@ the code h is `model`, h_b `reference` and e `delta`:
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
-and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released.
+and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released. `patches` are
+not in the paper: some x + e are x under a patch that is the same for all images, which S does not hold.
 """
 
 import copy
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import AdversarialTraining, TrainingDefense
+from sau.defense.base import AdversarialTraining, TrainingDefense, is_published
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
@@ -80,9 +81,9 @@ class SAU(AdversarialTraining, TrainingDefense):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
-        """On other networks the search starts at random, in smaller steps, and half of the images get a patch."""
+        """On other networks also: the search starts at random, in smaller steps, and half of the images get a patch."""
         found = super().adapted(model, images, per_epoch)
-        return found if found is self else replace(found, pgd_init="random", adv_lr=0.1, patches=0.5)
+        return found if is_published(model) else replace(found, pgd_init="random", adv_lr=0.1, patches=0.5)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
