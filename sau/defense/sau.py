@@ -63,6 +63,7 @@ class SAU(AdversarialTraining, TrainingDefense):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
+    later = ("patches",)
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))

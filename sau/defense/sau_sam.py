@@ -42,6 +42,7 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
+    later = ("patches",)
 
     epochs: int = 10
     batch_size: int = 128
