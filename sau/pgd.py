@@ -188,7 +188,7 @@ def smallest_patches(
     masks, patterns = (part.clone() for part in start)
     sizes = torch.full(classes.shape, torch.inf, device=x.device)
     logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in start]
-    descent = adam(0.3, adam_betas=(0.5, 0.9)).descent(logits, 1)
+    descent = adam(0.6, adam_betas=(0.5, 0.9)).descent(logits, 1)
     cost = torch.full(classes.shape, 0.02, device=x.device)
     others = (y != classes[:, None]).float()
     for _ in range(STEPS):
@@ -208,7 +208,8 @@ def patch_of_each_class(network: nn.Module, x: Pixels, y: Labels) -> tuple[Tenso
     """Classes [K], and the smallest patch of each that leads 9 of 10 of a few images there, with its size [K]."""
     x, y = x[:FEW], y[:FEW]
     classes = likely_classes(network, x, y)
-    masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) - 1).sigmoid()  # faint, of grey
+    # Most of the image at first: of faint masks half shrink onto no trigger.
+    masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) + 1).sigmoid()
     patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
     return classes, *smallest_patches([network], x, y, classes, (masks, patterns), MOST)
 

@@ -67,7 +67,7 @@ class SAUSAM(TrainingDefense):
         rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
         if not norm:
             rate = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
-        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, pgd_init="shift", patches=0.5, **rate)
+        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, pgd_init="shift", **rate)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
