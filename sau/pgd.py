@@ -229,9 +229,10 @@ class SharedPatches(nn.Module):
 
     def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
         super().__init__()
-        self.classes, (masks, patterns), sizes = patch_of_each_class(network, x, y)
-        self.masks, self.patterns = (nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in (masks, patterns))
-        self.limit = (SMALL * sizes.median()).clamp_max(LARGEST * masks[0].numel())
+        classes, patches, sizes = patch_of_each_class(network, x, y)
+        self.masks, self.patterns = (nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in patches)
+        self.classes: Tensor = nn.Buffer(classes)
+        self.limit: Tensor = nn.Buffer((SMALL * sizes.median()).clamp_max(LARGEST * patches[0][0].numel()))
         self.cost: Tensor = nn.Buffer(torch.full_like(sizes, 0.02))
 
     def descent(self) -> Descent:

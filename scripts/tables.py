@@ -6,6 +6,7 @@
     python scripts/tables.py ratios RECORDS [RECORDS ...] [--out ratios]
     python scripts/tables.py gaps RECORD [RECORD ...]
     python scripts/tables.py radii RECORD [DEFENSE ...] [--radii 0.001 0.004]
+    python scripts/tables.py own docs/results/own_networks.jsonl
     python scripts/tables.py cost DEFENSE [DEFENSE ...]
     python scripts/tables.py cards [--check]
 
@@ -14,6 +15,7 @@ AUDIT is a folder that scripts/audit.py wrote, or FILE.jsonl/NAME, with the part
 """
 
 import argparse
+import json
 import math
 import re
 import statistics
@@ -22,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,6 +45,8 @@ from sau.tools import Parser, add_device
 from sau.util import markdown
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
+CASE = ("data", "network", "attack", "clean")
+Rows = list[dict[str, Any]]
 Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisoning ratio -> (ACC, ASR) of each seed
 
 
@@ -72,6 +77,7 @@ def main() -> int:
     add["radii"].add_argument("--samples", type=int, default=250, help="test images [250]")
     add["radii"].add_argument("--steps", type=int, default=10, help="gradient steps of each search, one restart [10]")
     add_device(add["radii"])
+    add["own"].add_argument("rows", type=Path, help="file of tests/test_own_networks.py")
     add["cost"].add_argument("defenses", nargs="+", metavar="DEFENSE", help="a defense that has rounds, like sau")
     add["cards"].add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is stale")
     args = parser.parse_args()
@@ -278,6 +284,37 @@ def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
     return " / ".join(f"{statistics.mean(column):.2f}" for column in zip(*scores, strict=True)) if scores else "-"
 
 
+def own(args: argparse.Namespace) -> None:
+    """Print the table of networks of other kinds, and a line for each data set and defense."""
+    rows = [json.loads(line) for line in files.read(args.rows).decode().splitlines()]
+    groups: dict[tuple[str, ...], Rows] = defaultdict(list)
+    for row in rows:
+        for names in (CASE, (*CASE, "defense"), ("data", "defense")):
+            groups[tuple(str(row[name]) for name in names)].append(row)
+    defenses = list(dict.fromkeys(row["defense"] for row in rows))
+    body = [
+        [*case, _means(these, "acc_before", "asr_before"), *(_after(groups.get((*case, one), [])) for one in defenses)]
+        for case, these in groups.items() if len(case) == len(CASE)
+    ]  # fmt: skip
+    print(markdown(["data", "network", "attack", "images", "before", *defenses], body))
+    for case, these in groups.items():
+        lost = [row["acc_before"] - row["acc_after"] for row in these]
+        more = f"ACC lost {statistics.mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)}"
+        print(f"{' '.join(case)}: {_after(these)}; {more}\n" if len(case) == 2 else "", end="")
+
+
+def _means(rows: Rows, *names: str) -> str:
+    return "/".join(f"{statistics.mean(row[name] for row in rows):.1f}" for name in names)
+
+
+def _after(rows: Rows) -> str:
+    """ACC/ASR/R-ACC and how many runs; of those whose ASR stayed above 10 % how many warned, and how many did not."""
+    above = [row["warned"] for row in rows if row["asr_after"] > 10]
+    marks = {"warned": sum(above), "silent": len(above) - sum(above)}
+    counts = ", ".join([str(len(rows)), *(f"{count} {mark}" for mark, count in marks.items() if count)])
+    return f"{_means(rows, 'acc_after', 'asr_after', 'racc_after')} ({counts})" if rows else ""
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "table": (table, "attacks against defenses with means and published means, and one defense against each rival"),
     "seeds": (seeds, "mean and standard deviation over seeds, a row a cell"),
@@ -285,6 +322,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "ratios": (ratios, "ASR against the poisoning ratio, as a table, PNG and SVG"),
     "gaps": (risks.gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
     "radii": (risks.radii, "risks of a record's networks against the radius of the ball"),
+    "own": (own, "defenses on networks of other kinds, from tests/test_own_networks.py"),
     "cost": (cost.cost, "what a defense computes, in forward passes of the network"),
     "cards": (lambda args: cards.update(args.check), "write the figures of docs/results into the pages of methods"),
 }

@@ -9,9 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from operator import itemgetter
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pytest
@@ -28,7 +26,6 @@ from sau.defense import DEFENSES
 from sau.evaluate import score
 from sau.loop import Session
 from sau.optim import Training
-from sau.util import markdown
 
 
 def cnn(norm: bool) -> nn.Module:
@@ -147,57 +144,15 @@ def cells(sets: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
                         yield network, attack, data, count, seed
 
 
-def figures(rows: list[dict[str, Any]], when: str, *names: str) -> str:
-    """Means over seeds, like 97.1/0.3 (3, 1 silent), with the runs whose ASR stayed above 10 %."""
-    if not rows:
-        return ""
-    means = "/".join(f"{mean(row[f'{name}_{when}'] for row in rows):.1f}" for name in names)
-    above = [row["warned"] for row in rows if row["asr_after"] > 10]
-    marks = {"warned": sum(above), "silent": len(above) - sum(above)}
-    counts = ", ".join([str(len(rows)), *(f"{count} {mark}" for mark, count in marks.items() if count)])
-    return f"{means} ({counts})" if when == "after" else means
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Of every case the figures by defense, and a line for each data set and defense."""
-    defenses, cases, sets = (list(dict.fromkeys(map(of, rows))) for of in (OF_DEFENSE, OF_CASE, OF_SET))
-    body = []
-    for case in cases:
-        these = [row for row in rows if OF_CASE(row) == case]
-        by = [figures([row for row in these if row["defense"] == one], "after", *METRICS) for one in defenses]
-        body.append([*map(str, case), figures(these, "before", "acc", "asr"), *by])
-    lines = [markdown(["data", "network", "attack", "images", "before", *defenses], body)]
-    for case in sets:
-        these = [row for row in rows if OF_SET(row) == case]
-        lost = [row["acc_before"] - row["acc_after"] for row in these]
-        few = f"ACC lost {mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)} of {len(lost)}"
-        lines.append(f"{' '.join(case)}: {figures(these, 'after', *METRICS)}; {few}")
-    return "\n".join(lines)
-
-
-METRICS = ("acc", "asr", "racc")
-OF_DEFENSE, OF_CASE, OF_SET = (
-    itemgetter("defense"),
-    itemgetter("data", "network", "attack", "clean"),
-    itemgetter("data", "defense"),
-)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main(path: Path, defenses: str = "sau", sets: str = "digits,cifar10") -> None:
-    known = {
-        tuple(row[name] for name in ("network", "attack", "data", "clean", "seed", "defense")) for row in read(path)
-    }
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {tuple(row[name] for name in ("network", "attack", "data", "clean", "seed", "defense")) for row in done}
     for *cell, defense in ((*cell, defense) for cell in cells(sets.split(",")) for defense in defenses.split(",")):
         if (*cell, defense) not in known:
             row = purified(*cell, defense)
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
-    print(table(read(path)))
 
 
 @pytest.mark.slow
