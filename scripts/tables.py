@@ -309,7 +309,7 @@ def _means(rows: Rows, *names: str) -> str:
 
 def _after(rows: Rows) -> str:
     """ACC/ASR/R-ACC and how many runs; of those whose ASR stayed above 10 % how many warned, and how many did not."""
-    above = [row["warned"] for row in rows if row["asr_after"] > 10]
+    above = [row["warned"] for row in rows if row["asr_after"] > 10 and "warned" in row]  # not of an earlier verdict
     marks = {"warned": sum(above), "silent": len(above) - sum(above)}
     counts = ", ".join([str(len(rows)), *(f"{count} {mark}" for mark, count in marks.items() if count)])
     return f"{_means(rows, 'acc_after', 'asr_after', 'racc_after')} ({counts})" if rows else ""

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class Defense(Method, ABC):
 
     batch_size: int = param(256, "images in a batch", ge=1)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
         """These settings for another network or clean set than PreAct-ResNet18 and the published 2,500 images.
 
         Here: with fewer than 2,000 images as many updates as published (`same_updates`). Methods with other rules have
@@ -69,7 +69,7 @@ class Defense(Method, ABC):
         """
         return self.same_updates(images, per_epoch) if images < ENOUGH else self
 
-    def same_updates(self, images: int, per_epoch: int | None, **settings: Any) -> Self:
+    def same_updates(self, images: int, per_epoch: int | None, **settings: Any) -> "Defense":
         """With these `settings`, an epoch in batches of at least 32, about as many as published, and the lengths grown
         by what is missing."""
         if not self.lengths:
@@ -229,7 +229,7 @@ class AdversarialTraining(Training):
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Any:
         """For another network or fewer than 2,000 images: 250 updates in batches of at least 32, at a rate that follows
         from the weights and falls to 0 (OneCycleLR); few images are augmented. The published 1,000 updates at 1e-4
         leave the backdoors of small networks in place."""

@@ -15,7 +15,7 @@ not in the paper: some x + e are x under a patch that is the same for all images
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import AdversarialTraining, TrainingDefense, is_published
+from sau.defense.base import AdversarialTraining, Defense, TrainingDefense, is_published
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
+ELSEWHERE: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1, "patches": 0.5}  # on other networks
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -81,10 +82,10 @@ class SAU(AdversarialTraining, TrainingDefense):
         "moved", "moved (as released): s must also differ from h_b's answer to the clean image; wrong: it need not"
     )
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """On other networks also: the search starts at random, in smaller steps, and half of the images get a patch."""
-        found = super().adapted(model, images, per_epoch)
-        return found if is_published(model) else replace(found, pgd_init="random", adv_lr=0.1, patches=0.5)
+        found: Defense = super().adapted(model, images, per_epoch)
+        return found if is_published(model) else replace(found, **ELSEWHERE)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ trigger.
 
 import copy
 import math
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.config import param
-from sau.defense.base import ENOUGH, TrainingDefense, weight_rate
+from sau.defense.base import ENOUGH, Defense, TrainingDefense, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
@@ -58,7 +58,7 @@ class SAUSAM(TrainingDefense):
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images as many updates as 20 rounds, chosen on 143 images of digits, at a rate that
         falls as rho; so too without batch norm, but by Adam."""
         norm = any(isinstance(module, _BatchNorm) for module in model.modules())
