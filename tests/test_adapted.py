@@ -51,9 +51,9 @@ def test_the_rate_follows_from_the_weights() -> None:
 
 def test_half_of_the_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
-    for net in (nn.Sequential(plain, nn.BatchNorm2d(4)), nn.Sequential(plain)):
+    for net, start in ((nn.Sequential(plain, nn.BatchNorm2d(4)), "random"), (nn.Sequential(plain), "max")):
         found = SAU().adapted(net, 100)
-        assert (found.patches, found.pgd_init) == (0.5, "random")
+        assert (found.patches, found.pgd_init) == (0.5, start)
     assert SAU().adapted(PreActResNet18(10, 4), 100).patches == 0
 
 

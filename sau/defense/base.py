@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
 from sau.config import param
@@ -37,6 +38,11 @@ Select = Literal["defender", "oracle"]
 def is_published(model: nn.Module) -> bool:
     """Whether it is PreAct-ResNet18, for which published settings were made."""
     return any(isinstance(module, PreActResNet18) for module in model.modules())
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether it has batch norm."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def weight_rate(model: nn.Module) -> float:

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import AdversarialTraining, Defense, TrainingDefense, is_published
+from sau.defense.base import AdversarialTraining, Defense, TrainingDefense, has_batch_norm, is_published
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
-ELSEWHERE: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1, "patches": 0.5}  # on other networks
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -83,9 +82,13 @@ class SAU(AdversarialTraining, TrainingDefense):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """On other networks also: the search starts at random, in smaller steps, and half of the images get a patch."""
+        """On other networks also: half of the images get a patch, and with batch norm the search starts at random, in
+        smaller steps."""
         found: Defense = super().adapted(model, images, per_epoch)
-        return found if is_published(model) else replace(found, **ELSEWHERE)
+        if is_published(model):
+            return found
+        start: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
+        return replace(found, **start, patches=0.5)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)

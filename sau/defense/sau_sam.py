@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.config import param
-from sau.defense.base import ENOUGH, Defense, TrainingDefense, weight_rate
+from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
@@ -61,8 +60,7 @@ class SAUSAM(TrainingDefense):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images as many updates as 20 rounds, chosen on 143 images of digits, at a rate that
         falls as rho; so too without batch norm, but by Adam."""
-        norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-        if norm and images >= ENOUGH:
+        if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
         if not norm:
