@@ -87,8 +87,8 @@ class SAU(AdversarialTraining, TrainingDefense):
         found: Defense = super().adapted(model, images, per_epoch)
         if is_published(model):
             return found
-        start: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
-        return replace(found, **start, patches=0.5)
+        changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
+        return replace(found, **changed | {"patches": 0.5})
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
