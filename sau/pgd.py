@@ -164,12 +164,17 @@ def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
     return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
 
 
+def under_patch(x: Pixels, mask: Tensor, pattern: Tensor) -> Pixels:
+    """x' = (1 - m) x + m p, in any shapes that fit together."""
+    return x + mask * (pattern - x)
+
+
 def stamped_losses(
     networks: Sequence[nn.Module], x: Pixels, classes: Tensor, masks: Tensor, patterns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of all images under each patch [K, N]: the cross-entropy towards its class, summed over the networks, and whether
     all of these see that class. Masks are [K, 1, H, W], patterns [K, C, H, W]."""
-    stamped = (x + masks[:, None] * (patterns[:, None] - x)).flatten(0, 1)
+    stamped = under_patch(x, masks[:, None], patterns[:, None]).flatten(0, 1)
     target = classes.repeat_interleave(len(x))
     logits = [at_least_fp32(network(stamped)) for network in networks]
     losses = torch.stack([F.cross_entropy(z, target, reduction="none") for z in logits]).sum(0)
@@ -241,7 +246,7 @@ class SharedPatches(nn.Module):
 
     def stamp(self, x: Pixels, chosen: Tensor) -> Pixels:
         """x', each image under the patch of the class of that number."""
-        return x + self.masks.sigmoid()[chosen] * (self.patterns.sigmoid()[chosen] - x)
+        return under_patch(x, self.masks.sigmoid()[chosen], self.patterns.sigmoid()[chosen])
 
     def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:
         """Each image under the patch of a random class, after a step of the patches."""

@@ -287,20 +287,24 @@ def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
 def own(args: argparse.Namespace) -> None:
     """Print the table of networks of other kinds, and a line for each data set and defense."""
     rows = [json.loads(line) for line in files.read(args.rows).decode().splitlines()]
-    groups: dict[tuple[str, ...], Rows] = defaultdict(list)
-    for row in rows:
-        for names in (CASE, (*CASE, "defense"), ("data", "defense")):
-            groups[tuple(str(row[name]) for name in names)].append(row)
+    by_case, by_cell = _grouped(rows, *CASE), _grouped(rows, *CASE, "defense")
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
-    body = [
-        [*case, _means(these, "acc_before", "asr_before"), *(_after(groups.get((*case, one), [])) for one in defenses)]
-        for case, these in groups.items() if len(case) == len(CASE)
-    ]  # fmt: skip
+    body = []
+    for case, these in by_case.items():
+        after = (_after(by_cell.get((*case, one), [])) for one in defenses)
+        body.append([*case, _means(these, "acc_before", "asr_before"), *after])
     print(markdown(["data", "network", "attack", "images", "before", *defenses], body))
-    for case, these in groups.items():
+    for (data, defense), these in _grouped(rows, "data", "defense").items():
         lost = [row["acc_before"] - row["acc_after"] for row in these]
         more = f"ACC lost {statistics.mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)}"
-        print(f"{' '.join(case)}: {_after(these)}; {more}\n" if len(case) == 2 else "", end="")
+        print(f"{data} {defense}: {_after(these)}; {more}")
+
+
+def _grouped(rows: Rows, *names: str) -> dict[tuple[str, ...], Rows]:
+    groups: dict[tuple[str, ...], Rows] = defaultdict(list)
+    for row in rows:
+        groups[tuple(str(row[name]) for name in names)].append(row)
+    return groups
 
 
 def _means(rows: Rows, *names: str) -> str:

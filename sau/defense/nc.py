@@ -28,7 +28,7 @@ from sau.defense.base import TrainingDefense
 from sau.errors import ConfigError
 from sau.loop import Session
 from sau.optim import adam
-from sau.pgd import stamped_losses
+from sau.pgd import stamped_losses, under_patch
 from sau.types import Batched, Labels, Pixels
 
 SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes
@@ -129,7 +129,7 @@ class NC(TrainingDefense):
         """The clean images, their last part stamped once for each flagged class, all under their true labels."""
         masks, patterns, flagged = patches.best_mask, patches.best_pattern, self.flagged(patches.sizes)
         first = len(y) - max(1, round(self.unlearning_ratio * len(y)))
-        stamped = [x[first:] + masks[c] * (patterns[c] - x[first:]) for c in flagged]
+        stamped = [under_patch(x[first:], masks[c], patterns[c]) for c in flagged]
         return torch.cat([x[:first], *stamped]), torch.cat([y[:first]] + [y[first:]] * len(flagged))
 
     def flagged(self, norms: Tensor) -> list[int]:

@@ -16,6 +16,7 @@ trigger.
 
 import copy
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class SAUSAM(TrainingDefense):
         patches = self.sau.start_patches(reference, batches)
         return {**super().prepare(model, batches), "_reference": reference, "_sam": sam, **patches}
 
-    @property
+    @cached_property
     def sau(self) -> SAU:
         """Whose search it is."""
         names = ("eps", "adv_lr", "adv_steps", "pgd_init", "patches")
