@@ -164,7 +164,7 @@ def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
     return led.scatter(1, y[:, None], 0.0).mean(0).topk(CLASSES).indices
 
 
-def under_patch(x: Pixels, mask: Tensor, pattern: Tensor) -> Pixels:
+def under_patch(x: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
     """x' = (1 - m) x + m p, in any shapes that fit together."""
     return x + mask * (pattern - x)
 
