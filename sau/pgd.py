@@ -22,7 +22,7 @@ Init = Literal["zero", "random", "max", "min", "shift"]
 INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps), random (uniform) or shift (uniform, one value an image)"
 BUCKET = 32
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
-PATCHES_HELP = "share of each batch that gets a patch, the same for all images, instead of e in S"
+PATCHES_HELP = "share of each batch that gets a patch, the same for all images, not e in S"
 FEW, STEPS, CLASSES = 20, 60, 10  # images, steps and classes of the search for the smallest patches
 MOST = 0.9  # share of the images of other classes that such a patch must lead to its class
 SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
@@ -192,13 +192,13 @@ def smallest_patches(
     """
     masks, patterns = (part.clone() for part in start)
     sizes = torch.full(classes.shape, torch.inf, device=x.device)
-    logits = [nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in start]
+    logits = [nn.Parameter(logit(part)) for part in start]
     descent = adam(0.6, adam_betas=(0.5, 0.9)).descent(logits, 1)
     cost = torch.full(classes.shape, 0.02, device=x.device)
     others = (y != classes[:, None]).float()
     for _ in range(STEPS):
         mask, pattern = (part.sigmoid() for part in logits)
-        size = logits[0].sigmoid().flatten(1).sum(1)
+        size = logits[0].sigmoid().expand(-1, -1, *x.shape[2:]).flatten(1).sum(1)
         losses, led = stamped_losses(networks, x, classes, mask, pattern)
         works = (led * others).sum(1) / others.sum(1).clamp_min(1) >= success
         with torch.no_grad():
@@ -209,22 +209,31 @@ def smallest_patches(
     return (masks, patterns), sizes
 
 
-def patch_of_each_class(network: nn.Module, x: Pixels, y: Labels) -> tuple[Tensor, Patches, Tensor]:
-    """Classes [K], and the smallest patch of each that leads 9 of 10 of a few images there, with its size [K]."""
+def logit(part: Tensor) -> Tensor:
+    """What the sigmoid makes masks or patterns of, within what steps of Adam reach."""
+    return part.clamp(0.02, 0.98).logit()
+
+
+def patch_of_each_class(
+    network: nn.Module, x: Pixels, y: Labels, size: Sequence[int] | None = None
+) -> tuple[Tensor, Patches, Tensor]:
+    """Classes [K], and the smallest patch of each that leads 9 of 10 of a few images there, with |m|_1 in pixels [K].
+    Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
     x, y = x[:FEW], y[:FEW]
     classes = likely_classes(network, x, y)
     # Most of the image at first: of faint masks half shrink onto no trigger.
-    masks = (0.1 * torch.randn(len(classes), 1, *x.shape[2:], device=x.device) + 1).sigmoid()
+    masks = (0.1 * torch.randn(len(classes), 1, *(size or x.shape[2:]), device=x.device) + 1).sigmoid()
     patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
     return classes, *smallest_patches([network], x, y, classes, (masks, patterns), MOST)
 
 
 class SharedPatches(nn.Module):
-    """Shared adversarial examples of SAU that are the same for all images: one patch a class, x' = (1 - m) x + m p.
+    """Shared adversarial examples of SAU that are the same for all images, as a trigger is: x' = (1 - m) x + m p.
 
-    The ball S holds small changes of all pixels, but no trigger like BadNets' patch. The patches begin as the smallest
-    of the backdoored network h_b and climb the loss of both networks, a step of Adam a batch, while a cost holds |m|_1
-    at half the median of their first sizes.
+    Each class has two: of one m is a mask, as BadNets' patch has it; of the other one value for all pixels, like the
+    weight of Blended's picture. They begin as the smallest of the backdoored network h_b and climb the loss of both
+    networks, a step of Adam a batch, while a cost holds |m|_1 below half (masks) or all (weights) of the median of
+    their first sizes.
 
     Args:
         network: h_b.
@@ -234,25 +243,37 @@ class SharedPatches(nn.Module):
 
     def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
         super().__init__()
-        classes, patches, sizes = patch_of_each_class(network, x, y)
-        self.masks, self.patterns = (nn.Parameter(part.clamp(0.02, 0.98).logit()) for part in patches)
-        self.classes: Tensor = nn.Buffer(classes)
-        self.limit: Tensor = nn.Buffer((SMALL * sizes.median()).clamp_max(LARGEST * patches[0][0].numel()))
-        self.cost: Tensor = nn.Buffer(torch.full_like(sizes, 0.02))
+        found = [patch_of_each_class(network, x, y, size) for size in (x.shape[2:], (1, 1))]
+        self.masks, self.weights = (nn.Parameter(logit(masks)) for _, (masks, _), _ in found)
+        self.patterns = nn.Parameter(logit(torch.cat([patterns for _, (_, patterns), _ in found])))
+        self.classes: Tensor = nn.Buffer(torch.cat([classes for classes, _, _ in found]))
+        largest = LARGEST * x[0, 0].numel()
+        limits = [
+            (share * sizes.median()).clamp_max(largest).expand_as(sizes)
+            for share, (*_, sizes) in zip((SMALL, 1), found, strict=True)
+        ]
+        self.limits: Tensor = nn.Buffer(torch.cat(limits))
+        self.cost: Tensor = nn.Buffer(torch.full_like(self.limits, 0.02))
 
     def descent(self) -> Descent:
         """What moves them."""
         return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
 
+    def patches(self) -> Patches:
+        """All m [2K, 1, H, W] and p [2K, C, H, W]."""
+        masks = torch.cat([self.masks, self.weights.expand_as(self.masks)]).sigmoid()
+        return masks, self.patterns.sigmoid()
+
     def stamp(self, x: Pixels, chosen: Tensor) -> Pixels:
-        """x', each image under the patch of the class of that number."""
-        return under_patch(x, self.masks.sigmoid()[chosen], self.patterns.sigmoid()[chosen])
+        """x', each image under the patch of that number."""
+        masks, patterns = self.patches()
+        return under_patch(x, masks[chosen], patterns[chosen])
 
     def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:
-        """Each image under the patch of a random class, after a step of the patches."""
+        """Each image under a random patch, after a step of all."""
         chosen = torch.randint(len(self.classes), (len(x),), device=x.device)
-        stamped, size = self.stamp(x, chosen), self.masks.sigmoid().flatten(1).sum(1)
+        stamped, size = self.stamp(x, chosen), self.patches()[0].flatten(1).sum(1)
         loss = sum(F.cross_entropy(at_least_fp32(network(stamped)), self.classes[chosen]) for network in networks)
-        self.cost.mul_(torch.where(size.detach() > self.limit, 1.2, 1 / 1.2)).clamp_(1e-4, 10)
+        self.cost.mul_(torch.where(size.detach() > self.limits, 1.2, 1 / 1.2)).clamp_(1e-4, 10)
         descent.follow(torch.autograd.grad(loss + (self.cost * size).mean(), descent.parameters))
         return self.stamp(x, chosen).detach()
