@@ -9,9 +9,7 @@ the code h is `model`, h_b `reference` and e `delta`:
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released. `patches` are
-not in the paper: some x + e are x under a patch that is the same for all images. `distill` is not, either: few images
-teach h less than h_b, whose answers to clean images are right; CE(h(x), q(x)) on images and mixtures of two is the loss
-then.
+not in the paper: some x + e are x under a patch that is the same for all images.
 """
 
 import copy
@@ -28,12 +26,10 @@ from sau.data.batches import first_batch
 from sau.defense.base import AdversarialTraining, Defense, TrainingDefense, has_batch_norm, is_published
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
-from sau.models.normalized import at_least_fp32
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
-DISTILL_HELP = "clean loss: to the softmax of h_b, on the images and mixtures of two, not to the labels"
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -55,13 +51,6 @@ def unsharing_loss(z: Logits, s: Labels, mask: Flags) -> Scalar:
     return -0.5 * (mask * twice).sum() / len(z)
 
 
-@torch.no_grad()
-def mixtures(reference: Network, x: Pixels) -> tuple[Pixels, Tensor]:
-    """A mixture of each image with another one, and the softmax of h_b on the images and on the mixtures [2B, K]."""
-    mixed = x.lerp(x.roll(1, 0), torch.rand(len(x), 1, 1, 1, device=x.device))
-    return mixed, at_least_fp32(reference(torch.cat([x, mixed]))).softmax(1)
-
-
 def example_types(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
     """The types of examples x + e by the answers of h and h_b on them: 0 h is right; 1 (I, shared) both give the same
     wrong class; 2 (II) h_b is right; 3 (III) both are wrong, but differently."""
@@ -74,7 +63,7 @@ class SAU(AdversarialTraining, TrainingDefense):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    later = ("patches", "distill")
+    later = ("patches",)
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
@@ -83,7 +72,6 @@ class SAU(AdversarialTraining, TrainingDefense):
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
-    distill: bool = param(False, DISTILL_HELP)
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
         "prediction", "fooled: the answer differs from the clean one (prediction, as released) or the label (paper)"
@@ -94,14 +82,13 @@ class SAU(AdversarialTraining, TrainingDefense):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """On other networks also: four times as many updates at half the rate, most of the images under patches, the
-        answers of h_b for labels; with batch norm the search starts at random, in smaller steps."""
+        """On other networks also: most of the images get a patch, and four times as many updates half the rate; with batch
+        norm the search starts at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if is_published(model):
             return found
         changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
-        longer = {"epochs": 4 * found.epochs, "lr": found.lr / 2, "patches": 0.8, "distill": True, "weight_shared": 3.0}
-        return replace(found, **changed | longer)
+        return replace(found, **changed, patches=0.8, epochs=4 * found.epochs, lr=found.lr / 2)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -136,7 +123,7 @@ class SAU(AdversarialTraining, TrainingDefense):
                     model.eval()
                 else:
                     z, z_adv = model(x) if report else z, model(x + delta)
-                clean, shared = self.clean_loss(state, x, y, z), unsharing_loss(z_adv, s, mask)
+                clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 if self.weight_adv:
                     loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
@@ -145,13 +132,6 @@ class SAU(AdversarialTraining, TrainingDefense):
                 counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
                 report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **counts}
         return report
-
-    def clean_loss(self, state: dict[str, Any], x: Pixels, y: Labels, z: Logits) -> Scalar:
-        """CE of h on clean images, of which `z` are the logits."""
-        if not self.distill:
-            return F.cross_entropy(z, y)
-        mixed, q = mixtures(state["_reference"], x)
-        return F.cross_entropy(torch.cat([z, state["model"](mixed)]), q)
 
     def search(
         self, state: dict[str, Any], x: Pixels, y: Labels, clean: Labels, clean_ref: Labels

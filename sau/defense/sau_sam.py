@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
-from sau.defense.sau import DISTILL_HELP, SAU, mixtures, unsharing_loss
+from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
 from sau.pgd import INIT_HELP, PATCHES_HELP, Init
-from sau.types import Batched, Flags, Labels, Logits, Pixels, Scalar
+from sau.types import Batched, Flags, Labels, Pixels, Scalar
 
 
 def size_factor(model: nn.Module) -> float:
@@ -42,7 +42,7 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
-    later = ("patches", "distill")
+    later = ("patches",)
 
     epochs: int = 10
     batch_size: int = 128
@@ -56,7 +56,6 @@ class SAUSAM(TrainingDefense):
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
-    distill: bool = param(False, DISTILL_HELP)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
@@ -67,7 +66,7 @@ class SAUSAM(TrainingDefense):
         rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
         if not norm:
             rate = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
-        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, pgd_init="shift", distill=True, **rate)
+        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, pgd_init="shift", **rate)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -85,12 +84,9 @@ class SAUSAM(TrainingDefense):
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]
         found = self.search(state, x, y)
-        taught = mixtures(state["_reference"], x) if self.distill else None
         logits = model.train()(x)
-        loss = self.loss(model, logits, y, taught, *found)
-        worst = state["_sam"].update(
-            model, state["descent"], loss, lambda: self.loss(model, model(x), y, taught, *found)
-        )
+        loss = self.loss(model, logits, y, *found)
+        worst = state["_sam"].update(model, state["descent"], loss, lambda: self.loss(model, model(x), y, *found))
         return {"loss": loss, "worst_loss": worst, "shared": found[2].sum(), "clean_acc": batch_accuracy(logits, y)}
 
     def search(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags]:
@@ -100,19 +96,11 @@ class SAUSAM(TrainingDefense):
         delta, s = self.sau.search(state, x, y, clean, clean_ref)
         return x + delta, s, (s != y) & (s != clean_ref)
 
-    def loss(
-        self, model: nn.Module, logits: Logits, y: Labels, taught: tuple[Pixels, Tensor] | None, adversarial: Pixels,
-        s: Labels, mask: Flags,
-    ) -> Scalar:  # fmt: skip
+    def loss(self, model: nn.Module, logits: Tensor, y: Labels, adversarial: Pixels, s: Labels, mask: Flags) -> Scalar:
         """L from the logits of the clean images."""
-        with perturbed(model, (), ()):  # the statistics of these batches do not enter the running ones
+        with perturbed(model, (), ()):  # the statistics of this batch do not enter the running ones
             z = model(adversarial)
-            if taught:
-                mixed, q = taught
-                clean = F.cross_entropy(torch.cat([logits, model(mixed)]), q)
-            else:
-                clean = smoothed_loss(logits, y, self.label_smoothing)
-        loss = clean + self.weight_shared * unsharing_loss(z, s, mask)
+        loss = smoothed_loss(logits, y, self.label_smoothing) + self.weight_shared * unsharing_loss(z, s, mask)
         if self.weight_true:
             loss = loss + self.weight_true * (mask * F.cross_entropy(z, y, reduction="none")).mean()
         return loss
