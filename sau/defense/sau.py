@@ -82,8 +82,8 @@ class SAU(AdversarialTraining, TrainingDefense):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """On other networks also: most images get a patch, and four times as many updates half the rate; with batch norm,
-        a random start and smaller steps."""
+        """On other networks also: most images get a patch, and four times as many updates half the rate; with batch
+        norm the search starts at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if is_published(model):
             return found
