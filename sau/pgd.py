@@ -215,25 +215,31 @@ def logit(part: Tensor) -> Tensor:
 
 
 def patch_of_each_class(
-    network: nn.Module, x: Pixels, y: Labels, size: Sequence[int] | None = None
+    network: nn.Module, x: Pixels, y: Labels, size: Sequence[int] | None = None, tries: int = 1
 ) -> tuple[Tensor, Patches, Tensor]:
     """Classes [K], and the smallest patch of each that leads 9 of 10 of a few images there, with |m|_1 in pixels [K].
     Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
     x, y = x[:FEW], y[:FEW]
     classes = likely_classes(network, x, y)
-    # Most of the image at first: of faint masks half shrink onto no trigger.
-    masks = (0.1 * torch.randn(len(classes), 1, *(size or x.shape[2:]), device=x.device) + 1).sigmoid()
-    patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
-    return classes, *smallest_patches([network], x, y, classes, (masks, patterns), MOST)
+    found = list[tuple[Patches, Tensor]]()
+    for _ in range(tries):
+        # Most of the image at first: of faint masks half shrink onto no trigger.
+        masks = (0.1 * torch.randn(len(classes), 1, *(size or x.shape[2:]), device=x.device) + 1).sigmoid()
+        patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
+        found.append(smallest_patches([network], x, y, classes, (masks, patterns), MOST))
+    sizes, best = torch.stack([sizes for _, sizes in found]).min(0)
+    places = (best, torch.arange(len(classes), device=x.device))
+    masks, patterns = (torch.stack(parts)[places] for parts in zip(*(patches for patches, _ in found), strict=True))
+    return classes, (masks, patterns), sizes
 
 
 class SharedPatches(nn.Module):
     """Shared adversarial examples of SAU that are the same for all images, as a trigger is: x' = (1 - m) x + m p.
 
-    Each class has two: of one m is a mask, as BadNets' patch has it; of the other one value for all pixels, like the
-    weight of Blended's picture. They begin as the smallest of the backdoored network h_b and climb the loss of both
-    networks, a step of Adam a batch, while a cost holds |m|_1 below half (masks) or all (weights) of the median of
-    their first sizes.
+    Each class has three: the smallest mask that leads the backdoored network h_b there, like that of BadNets' patch; the
+    same, moving; and a moving one where m is one value for all pixels, like the weight of Blended's picture. What moves
+    climbs the loss of both networks, a step of Adam a batch, while a cost holds |m|_1 below half (mask) or all (value)
+    of the median of the first sizes. The smaller a patch is at first, the more images get it.
 
     Args:
         network: h_b.
@@ -243,26 +249,28 @@ class SharedPatches(nn.Module):
 
     def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
         super().__init__()
-        found = [patch_of_each_class(network, x, y, size) for size in (x.shape[2:], (1, 1))]
-        self.masks, self.weights = (nn.Parameter(logit(masks)) for _, (masks, _), _ in found)
-        self.patterns = nn.Parameter(logit(torch.cat([patterns for _, (_, patterns), _ in found])))
-        self.classes: Tensor = nn.Buffer(torch.cat([classes for classes, _, _ in found]))
         largest = LARGEST * x[0, 0].numel()
-        limits = [
-            (share * sizes.median()).clamp_max(largest).expand_as(sizes)
-            for share, (*_, sizes) in zip((SMALL, 1), found, strict=True)
-        ]
-        self.limits: Tensor = nn.Buffer(torch.cat(limits))
+        classes, first, sizes = patch_of_each_class(network, x, y, tries=3)
+        _, whole, values = patch_of_each_class(network, x, y, (1, 1))
+        self.first_masks, self.first_patterns = (nn.Buffer(logit(part)) for part in first)
+        self.masks, self.patterns = (nn.Parameter(logit(part)) for part in first)
+        self.values, self.pictures = (nn.Parameter(logit(part)) for part in whole)
+        self.classes: Tensor = nn.Buffer(classes.repeat(3))
+        limits = [(SMALL * sizes.median()).clamp_max(largest), values.median().clamp_max(largest)]
+        self.limits: Tensor = nn.Buffer(torch.stack([limits[0], limits[0], limits[1]]).repeat_interleave(len(classes)))
         self.cost: Tensor = nn.Buffer(torch.full_like(self.limits, 0.02))
+        shares = [each.clamp(1, largest) ** -2 for each in (sizes, values)]  # a search that fails has no size
+        small, other = (each / each.sum() for each in shares)
+        self.ends: Tensor = nn.Buffer(torch.cat([small / 4, small / 4, other / 2]).cumsum(0))
 
     def descent(self) -> Descent:
         """What moves them."""
         return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
 
     def patches(self) -> Patches:
-        """All m [2K, 1, H, W] and p [2K, C, H, W]."""
-        masks = torch.cat([self.masks, self.weights.expand_as(self.masks)]).sigmoid()
-        return masks, self.patterns.sigmoid()
+        """All m [3K, 1, H, W] and p [3K, C, H, W]."""
+        masks = torch.cat([self.first_masks, self.masks, self.values.expand_as(self.masks)])
+        return masks.sigmoid(), torch.cat([self.first_patterns, self.patterns, self.pictures]).sigmoid()
 
     def stamp(self, x: Pixels, chosen: Tensor) -> Pixels:
         """x', each image under the patch of that number."""
@@ -270,8 +278,8 @@ class SharedPatches(nn.Module):
         return under_patch(x, masks[chosen], patterns[chosen])
 
     def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:
-        """Each image under a random patch, after a step of all."""
-        chosen = torch.randint(len(self.classes), (len(x),), device=x.device)
+        """Each image under a random patch, after a step of those that move."""
+        chosen = torch.searchsorted(self.ends, torch.rand(len(x), device=x.device)).clamp_max(len(self.classes) - 1)
         stamped, size = self.stamp(x, chosen), self.patches()[0].flatten(1).sum(1)
         loss = sum(F.cross_entropy(at_least_fp32(network(stamped)), self.classes[chosen]) for network in networks)
         self.cost.mul_(torch.where(size.detach() > self.limits, 1.2, 1 / 1.2)).clamp_(1e-4, 10)
