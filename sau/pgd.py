@@ -236,7 +236,7 @@ def patch_of_each_class(
 class SharedPatches(nn.Module):
     """Shared adversarial examples of SAU that are the same for all images, as a trigger is: x' = (1 - m) x + m p.
 
-    Each class has three: the smallest mask that leads the backdoored network h_b there, like that of BadNets' patch; the
+    Each class has three: the smallest mask that leads the backdoored network h_b there, as of BadNets' patch; the
     same, moving; and a moving one where m is one value for all pixels, like the weight of Blended's picture. What moves
     climbs the loss of both networks, a step of Adam a batch, while a cost holds |m|_1 below half (mask) or all (value)
     of the median of the first sizes. The smaller a patch is at first, the more images get it.
@@ -261,7 +261,7 @@ class SharedPatches(nn.Module):
         self.cost: Tensor = nn.Buffer(torch.full_like(self.limits, 0.02))
         shares = [each.clamp(1, largest) ** -2 for each in (sizes, values)]  # a search that fails has no size
         small, other = (each / each.sum() for each in shares)
-        self.ends: Tensor = nn.Buffer(torch.cat([small / 4, small / 4, other / 2]).cumsum(0))
+        self.ends: Tensor = nn.Buffer(torch.cat([small, small, other]).cumsum(0) / 3)
 
     def descent(self) -> Descent:
         """What moves them."""
