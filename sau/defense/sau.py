@@ -82,13 +82,13 @@ class SAU(AdversarialTraining, TrainingDefense):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """On other networks also: most images get a patch, and twice as many updates a quarter of the rate; with batch
+        """On other networks also: most images get a patch, and twice as many updates half the rate; with batch
         norm the search starts at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if is_published(model):
             return found
         changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
-        return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 4)
+        return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
