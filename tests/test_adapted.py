@@ -67,11 +67,14 @@ def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeyp
         patches.ascend((net, other), descent, x)
     masks, zero = patches.patches()[0].detach(), torch.zeros_like(y)
     sizes, classes = masks.flatten(1).sum(1), len(patches.masks)
-    assert patches.limits[0] < 3 and bool((sizes < 1.5 * patches.limits).all())
-    assert bool((masks[classes:] == masks[classes:, :, :1, :1]).all())  # one value for all pixels
-    for number in (0, classes):
+    assert patches.limits[0] < 3 and bool((sizes < 1.5 * patches.limits)[classes:].all())
+    assert torch.equal(patches.first_masks.sigmoid(), masks[:classes])
+    assert bool((masks[2 * classes :] == masks[2 * classes :, :, :1, :1]).all())  # one value for all pixels
+    for number in (0, classes, 2 * classes):
         led = [each(patches.stamp(x, zero + number)).argmax(1) == 0 for each in (net, other)]
         assert min(float(one.float().mean()) for one in led) > 0.45 > 1.5 * float((y == 0).float().mean())
+    shares = patches.ends.diff(prepend=torch.zeros(1)).view(3, classes)
+    assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0, 0] == shares[0].max() > 1 / 6
 
 
 def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> None:
@@ -86,11 +89,11 @@ def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> No
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:
-    assert SAU().adapted(tiny_net(), 40, 3).epochs == 336
+    assert SAU().adapted(tiny_net(), 40, 3).epochs == 168
     assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
     x, y = torch.rand(100, 3, 8, 8), torch.arange(100) % 4
     some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
-    assert first_line(SAU(), some).startswith("1,008 updates at 0.0015 (OneCycleLR): 40 images")
+    assert first_line(SAU(), some).startswith("504 updates at 0.0015 (OneCycleLR): 40 images")
 
 
 def first_line(method: Any, images: Any = None, **how: Any) -> str:
@@ -106,8 +109,8 @@ def stop(*_: Any) -> dict[str, float]:
 
 
 def test_what_the_user_gives_stands() -> None:
-    assert first_line(SAU()).startswith("1,000 updates at 0.0015 (OneCycleLR): 40 images")
-    assert first_line(SAU(eps=0.1)).startswith("1,000 updates")
+    assert first_line(SAU()).startswith("500 updates at 0.0015 (OneCycleLR): 40 images")
+    assert first_line(SAU(eps=0.1)).startswith("500 updates")
     assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
     assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
     assert first_line(FT()).startswith("1,000 updates at 0.01")
