@@ -217,8 +217,8 @@ def logit(part: Tensor) -> Tensor:
 def patch_of_each_class(
     network: nn.Module, x: Pixels, y: Labels, size: Sequence[int] | None = None, tries: int = 1
 ) -> tuple[Tensor, Patches, Tensor]:
-    """Classes [K], and the smallest patch of each that leads 9 of 10 of a few images there, with |m|_1 in pixels [K].
-    Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
+    """Classes, and the smallest patches of each that lead 9 of 10 of a few images there, with |m|_1 in pixels; `tries`
+    of each class. Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
     x, y = x[:FEW], y[:FEW]
     classes = likely_classes(network, x, y)
     found = list[tuple[Patches, Tensor]]()
@@ -227,19 +227,18 @@ def patch_of_each_class(
         masks = (0.1 * torch.randn(len(classes), 1, *(size or x.shape[2:]), device=x.device) + 1).sigmoid()
         patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
         found.append(smallest_patches([network], x, y, classes, (masks, patterns), MOST))
-    sizes, best = torch.stack([sizes for _, sizes in found]).min(0)
-    places = (best, torch.arange(len(classes), device=x.device))
-    masks, patterns = (torch.stack(parts)[places] for parts in zip(*(patches for patches, _ in found), strict=True))
+    masks, patterns = (torch.cat(parts) for parts in zip(*(patches for patches, _ in found), strict=True))
+    classes, sizes = classes.repeat(tries), torch.cat([sizes for _, sizes in found])
     return classes, (masks, patterns), sizes
 
 
 class SharedPatches(nn.Module):
     """Shared adversarial examples of SAU that are the same for all images, as a trigger is: x' = (1 - m) x + m p.
 
-    Each class has three: the smallest mask that leads the backdoored network h_b there, as of BadNets' patch; the
-    same, moving; and a moving one where m is one value for all pixels, like the weight of Blended's picture. What moves
-    climbs the loss of both networks, a step of Adam a batch, while a cost holds |m|_1 below half (mask) or all (value)
-    of the median of the first sizes. The smaller a patch is at first, the more images get it.
+    Some are the smallest masks that lead the backdoored network h_b to each class, three a class, as of BadNets' patch;
+    some begin as these, but move; of some, which move too, m is one value for all pixels, like the weight of Blended's
+    picture. What moves climbs the loss of both networks, a step of Adam a batch, while a cost holds |m|_1 below half
+    (masks) or all (values) of the median of the first sizes. The smaller a patch is at first, the more images get it.
 
     Args:
         network: h_b.
@@ -251,13 +250,13 @@ class SharedPatches(nn.Module):
         super().__init__()
         largest = LARGEST * x[0, 0].numel()
         classes, first, sizes = patch_of_each_class(network, x, y, tries=3)
-        _, whole, values = patch_of_each_class(network, x, y, (1, 1))
-        self.first_masks, self.first_patterns = (nn.Buffer(logit(part)) for part in first)
+        _, whole, values = patch_of_each_class(network, x, y, (1, 1), tries=3)
+        self.first_masks, self.first_patterns = (nn.Buffer(part) for part in first)
         self.masks, self.patterns = (nn.Parameter(logit(part)) for part in first)
         self.values, self.pictures = (nn.Parameter(logit(part)) for part in whole)
         self.classes: Tensor = nn.Buffer(classes.repeat(3))
         limits = [(SMALL * sizes.median()).clamp_max(largest), values.median().clamp_max(largest)]
-        self.limits: Tensor = nn.Buffer(torch.stack([limits[0], limits[0], limits[1]]).repeat_interleave(len(classes)))
+        self.limits: Tensor = nn.Buffer(torch.stack([limits[0], *limits]).repeat_interleave(len(classes)))
         self.cost: Tensor = nn.Buffer(torch.full_like(self.limits, 0.02))
         shares = [each.clamp(1, largest) ** -2 for each in (sizes, values)]  # a search that fails has no size
         small, other = (each / each.sum() for each in shares)
@@ -268,9 +267,9 @@ class SharedPatches(nn.Module):
         return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
 
     def patches(self) -> Patches:
-        """All m [3K, 1, H, W] and p [3K, C, H, W]."""
-        masks = torch.cat([self.first_masks, self.masks, self.values.expand_as(self.masks)])
-        return masks.sigmoid(), torch.cat([self.first_patterns, self.patterns, self.pictures]).sigmoid()
+        """All m [N, 1, H, W] and p [N, C, H, W]: first, moving, moving with one value."""
+        masks = torch.cat([self.first_masks, self.masks.sigmoid(), self.values.sigmoid().expand_as(self.masks)])
+        return masks, torch.cat([self.first_patterns, self.patterns.sigmoid(), self.pictures.sigmoid()])
 
     def stamp(self, x: Pixels, chosen: Tensor) -> Pixels:
         """x', each image under the patch of that number."""

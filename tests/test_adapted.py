@@ -63,18 +63,20 @@ def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeyp
     torch.manual_seed(0)
     patches = SharedPatches(net.requires_grad_(False), x, y)
     descent, other = patches.descent(), planted()[0]
+    sizes, zero, classes = [], torch.zeros_like(y), len(patches.masks)
     for _ in range(60):
         patches.ascend((net, other), descent, x)
-    masks, zero = patches.patches()[0].detach(), torch.zeros_like(y)
-    sizes, classes = masks.flatten(1).sum(1), len(patches.masks)
-    assert patches.limits[0] < 3 and bool((sizes < 1.5 * patches.limits)[classes:].all())
-    assert torch.equal(patches.first_masks.sigmoid(), masks[:classes])
+        masks = patches.patches()[0].detach()
+        sizes.append(masks.flatten(1).sum(1))
+    held = torch.stack(sizes[30:]).mean(0) < 1.5 * patches.limits
+    assert patches.limits[0] < 3 and bool(held[classes:].all())
+    assert torch.equal(patches.first_masks, masks[:classes])
     assert bool((masks[2 * classes :] == masks[2 * classes :, :, :1, :1]).all())  # one value for all pixels
     for number in (0, classes, 2 * classes):
         led = [each(patches.stamp(x, zero + number)).argmax(1) == 0 for each in (net, other)]
         assert min(float(one.float().mean()) for one in led) > 0.45 > 1.5 * float((y == 0).float().mean())
     shares = patches.ends.diff(prepend=torch.zeros(1)).view(3, classes)
-    assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0, 0] == shares[0].max() > 1 / 6
+    assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0][patches.classes[:classes] == 0].sum() > 1 / 6
 
 
 def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> None:
