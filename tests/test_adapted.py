@@ -52,8 +52,7 @@ def test_the_rate_follows_from_the_weights() -> None:
 def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
     for net, start in ((nn.Sequential(plain, nn.BatchNorm2d(4)), "random"), (nn.Sequential(plain), "max")):
-        found = SAU().adapted(net, 100)
-        assert (found.patches, found.pgd_init) == (0.8, start)
+        assert ((found := SAU().adapted(net, 100)).patches, found.pgd_init) == (0.8, start)
     assert SAU().adapted(PreActResNet18(10, 4), 100).patches == 0
 
 
@@ -62,18 +61,15 @@ def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeyp
     net, _, (x, y), _ = planted()
     torch.manual_seed(0)
     patches = SharedPatches(net.requires_grad_(False), x, y)
-    descent, other = patches.descent(), planted()[0]
-    sizes, zero, classes = [], torch.zeros_like(y), len(patches.masks)
+    descent, other, sizes, classes = patches.descent(), planted()[0], [], len(patches.masks)
     for _ in range(60):
         patches.ascend((net, other), descent, x)
-        masks = patches.patches()[0].detach()
-        sizes.append(masks.flatten(1).sum(1))
+        sizes.append((masks := patches.patches()[0].detach()).flatten(1).sum(1))
     held = torch.stack(sizes[30:]).mean(0) < 1.5 * patches.limits
-    assert patches.limits[0] < 3 and bool(held[classes:].all())
-    assert torch.equal(patches.first_masks, masks[:classes])
+    assert patches.limits[0] < 3 and bool(held[classes:].all()) and torch.equal(patches.first_masks, masks[:classes])
     assert bool((masks[2 * classes :] == masks[2 * classes :, :, :1, :1]).all())  # one value for all pixels
     for number in (0, classes, 2 * classes):
-        led = [each(patches.stamp(x, zero + number)).argmax(1) == 0 for each in (net, other)]
+        led = [each(patches.stamp(x, 0 * y + number)).argmax(1) == 0 for each in (net, other)]
         assert min(float(one.float().mean()) for one in led) > 0.45 > 1.5 * float((y == 0).float().mean())
     shares = patches.ends.diff(prepend=torch.zeros(1)).view(3, classes)
     assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0][patches.classes[:classes] == 0].sum() > 1 / 6
