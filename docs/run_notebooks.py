@@ -16,7 +16,7 @@ def executed(path: Path, folder: Path) -> Any:
     notebook, where = nbformat.read(path, 4), {"metadata": {"path": str(folder)}}
     how: dict[str, Any] = {"kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, timeout=500, resources=where, **how).execute()
-    notebook.metadata.language_info = {"name": "python"}
+    notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}  # knows lines of `!`
     return notebook
 
 
