@@ -61,18 +61,18 @@ def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeyp
     net, _, (x, y), _ = planted()
     torch.manual_seed(0)
     patches = SharedPatches(net.requires_grad_(False), x, y)
-    descent, other, sizes, classes = patches.descent(), planted()[0], [], len(patches.masks)
+    descent, other, sizes, first = patches.descent(), planted()[0], [], patches.first_masks.clone()
     for _ in range(60):
         patches.ascend((net, other), descent, x)
         sizes.append((masks := patches.patches()[0].detach()).flatten(1).sum(1))
-    held = torch.stack(sizes[30:]).mean(0) < 1.5 * patches.limits
-    assert patches.limits[0] < 3 and bool(held[classes:].all()) and torch.equal(patches.first_masks, masks[:classes])
-    assert bool((masks[2 * classes :] == masks[2 * classes :, :, :1, :1]).all())  # one value for all pixels
-    for number in (0, classes, 2 * classes):
+    _, moving, whole = (torch.stack([sizes[-1], torch.stack(sizes[30:]).mean(0)]) < 1.5 * patches.limits).chunk(3, 1)
+    assert patches.limits[0] < 3 and bool(moving[0].all() and whole[1].all()) and torch.equal(first, masks.chunk(3)[0])
+    assert bool((masks.chunk(3)[2] == masks.chunk(3)[2][..., :1, :1]).all())  # one value for all pixels
+    for number in (0, len(first), 2 * len(first)):
         led = [each(patches.stamp(x, 0 * y + number)).argmax(1) == 0 for each in (net, other)]
         assert min(float(one.float().mean()) for one in led) > 0.45 > 1.5 * float((y == 0).float().mean())
-    shares = patches.ends.diff(prepend=torch.zeros(1)).view(3, classes)
-    assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0][patches.classes[:classes] == 0].sum() > 1 / 6
+    shares = patches.ends.diff(prepend=torch.zeros(1)).view(3, -1)
+    assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0][patches.classes[: len(first)] == 0].sum() > 1 / 6
 
 
 def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> None:
