@@ -235,10 +235,14 @@ def patch_of_each_class(
 class SharedPatches(nn.Module):
     """Shared adversarial examples of SAU that are the same for all images, as a trigger is: x' = (1 - m) x + m p.
 
-    Some are the smallest masks that lead the backdoored network h_b to each class, three a class, as of BadNets' patch;
-    some begin as these, but move; of some, which move too, m is one value for all pixels, like the weight of Blended's
-    picture. What moves climbs the loss of both networks, a step of Adam a batch, while a cost holds |m|_1 below half
-    (masks) or all (values) of the median of the first sizes. The smaller a patch is at first, the more images get it.
+    Three searches of each class give a patch of each kind:
+
+    * fixed: the smallest mask m that leads the backdoored network h_b to the class, as in BadNets;
+    * moving: begins as the fixed one;
+    * whole: moving, with one value of m for all pixels, as in Blended.
+
+    What moves climbs the loss of both networks, a step of Adam a batch; a cost holds |m|_1 at half (moving) or all
+    (whole) of the median of the first sizes. The smaller a patch is at first, the more images get it.
 
     Args:
         network: h_b.
@@ -267,7 +271,7 @@ class SharedPatches(nn.Module):
         return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
 
     def patches(self) -> Patches:
-        """All m [N, 1, H, W] and p [N, C, H, W]: first, moving, moving with one value."""
+        """All m [N, 1, H, W] and p [N, C, H, W]: fixed, moving, whole."""
         masks = torch.cat([self.first_masks, self.masks.sigmoid(), self.values.sigmoid().expand_as(self.masks)])
         return masks, torch.cat([self.first_patterns, self.patterns.sigmoid(), self.pictures.sigmoid()])
 
