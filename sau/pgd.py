@@ -18,8 +18,8 @@ from sau.types import Change, Flags, Labels, PerImage, Pixels
 
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Bounded = Literal["L_inf", "L2", "L1"]  # those that have a ball
-Init = Literal["zero", "random", "max", "min", "shift"]
-INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps), random (uniform) or shift (uniform, one value an image)"
+Init = Literal["zero", "random", "max", "min"]
+INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps) or random (uniform)"
 BUCKET = 32
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
 PATCHES_HELP = "share of each batch that gets a patch, the same for all images, instead of e in S"
@@ -42,9 +42,8 @@ class Ball:
     def start(self, x: Pixels, init: Init) -> Change:
         """A first e for every image (INIT_HELP; uniform is in [-eps, eps]), projected into S. (The released code of SAU
         draws `random` from [0, 1) before projecting, which puts most values at +eps.)"""
-        if init in ("random", "shift"):
-            values = x if init == "random" else x[:, :1, :1, :1]
-            return self.into(x, torch.empty_like(values).uniform_(-self.eps, self.eps).expand_as(x).contiguous())
+        if init == "random":
+            return self.into(x, torch.empty_like(x).uniform_(-self.eps, self.eps))
         return self.into(x, torch.full_like(x, {"zero": 0.0, "max": self.eps, "min": -self.eps}[init]))
 
     def into(self, x: Pixels, e: Change) -> Change:

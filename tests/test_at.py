@@ -38,17 +38,15 @@ def climbed(net: nn.Module, x: Tensor, y: Tensor, first: Tensor, norm: str, clip
 
 def begun(x: Tensor, init: str) -> Tensor:
     """The places that a search may start from, before they are brought into S."""
-    signs = {"zero": 0.0, "max": 1.0, "min": -1.0}
     torch.manual_seed(7)
-    drawn = {"random": x, "shift": x[:, :1, :1, :1]}.get(init)
-    if drawn is None:
-        return torch.full_like(x, signs[init] * EPS)
-    return torch.empty_like(drawn).uniform_(-EPS, EPS).expand_as(x)
+    if init == "random":
+        return torch.empty_like(x).uniform_(-EPS, EPS)
+    return torch.full_like(x, {"zero": 0.0, "max": EPS, "min": -EPS}[init])
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("norm", ["L_inf", "L2", "Reg"])
-@pytest.mark.parametrize("init", ["zero", "random", "shift", "max", "min"])
+@pytest.mark.parametrize("init", ["zero", "random", "max", "min"])
 def test_the_search_is_sign_ascent_from_every_start(init, norm, clip):
     net, (x, y) = smooth_net(), batch(6, 1)
     defense = AT(eps=EPS, adv_lr=RATE, adv_steps=STEPS, norm=norm, pgd_init=init, clip_pixels=clip)

@@ -16,6 +16,7 @@ trigger.
 
 import copy
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
+from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, is_published, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
@@ -59,14 +60,14 @@ class SAUSAM(TrainingDefense):
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """With fewer than 2,000 images as many updates as 20 rounds, chosen on 143 images of digits, at a rate that
-        falls as rho; so too without batch norm, but by Adam."""
+        """On other networks, and with fewer than 2,000 images, most images get a patch. With so few, as many updates as
+        20 rounds, chosen on 143 images of digits, at a rate that falls as rho; so too without batch norm, by Adam."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
-            return self
+            return self if is_published(model) else replace(self, patches=0.8)
         rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
         if not norm:
             rate = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
-        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, pgd_init="shift", **rate)
+        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.8, **rate)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
