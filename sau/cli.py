@@ -125,7 +125,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     facts |= {"model": network, "notes": notes, "trigger_digest": mark}
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
-    begin(record, run, determined, model, method, where, facts, [line], asked.without_effect)
+    begin(record, run, determined, model, method, where, facts, [line], asked.ignored)
     plan = method.describe(poisoned, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)
@@ -157,7 +157,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
 
     record, determined = Record(given.folder), identity(method, run, given.identity)
     facts = {"method": {"defense": name, **method.params()}, **given.facts, "notes": given.notes}
-    begin(record, run, determined, model, method, where, facts, given.lines, asked.without_effect)
+    begin(record, run, determined, model, method, where, facts, given.lines, asked.ignored)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
     seconds = time.monotonic() - begun

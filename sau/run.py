@@ -136,11 +136,11 @@ def identity(method: Method, run: Run, more: Mapping[str, Any]) -> dict[str, Any
 
 def begin(
     record: Record, run: Run, determined: dict[str, Any], model: Normalized, method: Method, where: torch.device,
-    facts: Mapping[str, Any], lines: Sequence[str], ignored: str = "",
+    facts: Mapping[str, Any], lines: Sequence[str], ignored: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run. `determined` is
-    the `identity`, `facts` are written to `config.yaml` as well, `ignored` says which flags have no effect. ConfigError
-    if an interrupted run began in another precision than is asked now."""
+    the `identity`, `facts` are written to `config.yaml` as well, `ignored` are flags without effect, each with the
+    reason. ConfigError if an interrupted run began in another precision than is asked now."""
     record.can_start(determined, run.overwrite)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")
@@ -154,7 +154,8 @@ def begin(
     asked = {"run": asdict(run), "command": shlex.join(sys.argv), "git": _commit(), "versions": versions}
     record.begin({**asked, **machine, **facts}, determined, run.overwrite)
     said = [*lines, *(f"note: {note}" for note in facts["notes"])]
-    said += [f"warning: flags without effect here: {ignored}"] if ignored else []
+    without_effect = "; ".join(f"--{name}: {why}" for name, why in ignored.items())
+    said += [f"warning: flags without effect here: {without_effect}"] if ignored else []
     said.append(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} thread{'s' * (threads > 1)}")
     if run.compile != model.compiled:
         why = "this run goes on as it began" if method.compiles else f"the networks of {method.name} cannot be compiled"

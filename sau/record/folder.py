@@ -57,17 +57,11 @@ class Record:
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
         folder, RecordError if the run may neither start nor resume."""
         acquire(self.path)
-        try:
-            self.config = self._interrupted(as_json(identity), overwrite)
-        except RecordError:
-            release(self.path)
-            raise
+        self.config = self._interrupted(as_json(identity), overwrite)
         return bool(self.config)
 
     def _interrupted(self, identity: dict[str, Any], overwrite: bool) -> Config:
         """The configuration of the run that resumes here; empty for a new run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         if self._holds_only("defense"):
             return {}
         old = read_config(self.path / CONFIG)
@@ -121,7 +115,6 @@ class Record:
 
     def log(self, text: str) -> None:
         """Print a line and append it to `log.txt`."""
-        text = text.encode(errors="backslashreplace").decode()  # a path need not be text
         print(text, flush=True)
         append(self.path / LOG, text + "\n")
 
@@ -222,15 +215,13 @@ def run_kind(config: Config) -> str:
 def read_config(file: Path) -> Config:
     """The content of a `config.yaml` of ours; RecordError if it is not one, or of another version."""
     try:
-        config = _LOADER(read(file)).get_single_data()
-        valid = {"schema", "digest", "identity"} <= config.keys() and isinstance(config["identity"], dict)
+        config: Config = _LOADER(read(file)).get_single_data()
+        schema, *_ = config["schema"], config["digest"], config["identity"].keys()
     except (OSError, *NO_YAML):
-        valid = False
-    if not valid:
-        raise RecordError(f"{file.parent} is not a result folder of sau (no valid {file.name}); name another one")
-    if config["schema"] != SCHEMA:
-        version = f"schema {config['schema']!r}, this version reads {SCHEMA}"
-        raise RecordError(f"{file.parent} has {version}; use the sau that wrote it")
+        text = f"{file.parent} is not a result folder of sau (no valid {file.name}); name another one"
+        raise RecordError(text) from None
+    if schema != SCHEMA:
+        raise RecordError(f"{file.parent} has schema {schema!r}, not {SCHEMA}; use the version of sau that wrote it")
     return config
 
 
