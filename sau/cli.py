@@ -97,7 +97,9 @@ def attack(name: str, argv: Sequence[str]) -> None:
     dataset = asked.get("dataset") or Run.dataset
     origin, (recipe, why) = sources.source(dataset), asked.recipe()
     run, training, method = asked.settle(recipe, dataset)
-    _check_name(run.attack or name, name)
+    if run.attack and THEIRS.get(run.attack.lower(), run.attack.lower()) != name:
+        others = ", ".join(ATTACKS)
+        raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out, or run another of {others}")
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
     record = Record(safe_join(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
@@ -234,11 +236,3 @@ def _trigger(
     (share,) = proportions(model, crossed.pixels, crossed.labels)
     record.log(f"cross ACC {share.percent:.2f} %, on test images with a trigger that must have no effect")
     return {"trigger": hidden, **figures({"cross_acc": share})}
-
-
-def _check_name(given: str, name: str) -> None:
-    """ConfigError if `given`, what the user calls the attack, is not `name`, the one that runs."""
-    other = THEIRS.get(given.lower(), given.lower())
-    if other != name:
-        advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
-        raise ConfigError(f"--attack is {given!r}, but this is {name}; leave it out{advice}")

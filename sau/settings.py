@@ -109,8 +109,7 @@ def config_text(about: str, members: Iterable[Option], shown: Mapping[str, Any])
         value = shown.get(option.name, option.default)
         lines += textwrap.wrap(option.about, 118, initial_indent="# ", subsequent_indent="# ")
         plain = list(value) if isinstance(value, tuple) else written(value, option.hint) if value is None else value
-        text = yaml.safe_dump([plain], default_flow_style=True, width=math.inf)  # in a list nothing follows the value
-        lines.append(f"{option.name}: {text.strip()[1:-1]}")
+        lines.append(yaml.safe_dump({option.name: plain}, default_flow_style=True, width=math.inf).strip()[1:-1])
     return "\n".join(lines)
 
 
