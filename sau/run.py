@@ -183,28 +183,21 @@ class RunLogger:
     epochs: int
     test: Images  # clean
     triggered: Callable[[], Images | None]  # makes the triggered test images, or None; called at each evaluation
-    started: float  # when the command began, by `time.monotonic`
     evaluation_seconds: float  # what one evaluation is expected to take
     risks: Callable[[nn.Module], Found] | None = None  # measures the risks of a network at each evaluation
     closing_seconds: float = 0.0  # what is expected to follow the last evaluation
     last: tuple[str, Score, Found | None] | None = field(default=None, init=False)  # of the last evaluated network
-    findings: dict[str, Any] = field(default_factory=dict, init=False)
-    limit: Limit | None = field(default=None, init=False)
+    session: RunContext = field(init=False)  # what the loop needs of this
 
     def __post_init__(self) -> None:
-        self.record.started = self.started
+        evaluations = -(-self.epochs // self.run.eval_every)
+        self.session = RunContext(
+            checkpoint=self.record, on_epoch=self.on_epoch, say=self.record.log, note=self.record.update_config,
+            other_seconds=evaluations * self.evaluation_seconds, data_checked=True,
+        )  # fmt: skip
         if self.run.max_minutes:  # an epoch may end, and be evaluated, with the last update
             after = 2 * self.evaluation_seconds + self.closing_seconds
-            self.limit = Limit(self.started + 60 * self.run.max_minutes - after)
-
-    def session(self) -> RunContext:
-        """What the loop needs of this."""
-        evaluations = -(-self.epochs // self.run.eval_every)
-        return RunContext(
-            checkpoint=self.record, on_epoch=self.on_epoch, say=self.record.log, note=self.record.update_config,
-            other_seconds=evaluations * self.evaluation_seconds, limit=self.limit, findings=self.findings,
-            data_checked=True,
-        )  # fmt: skip
+            self.session.limit = Limit(self.record.started + 60 * self.run.max_minutes - after)
 
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
@@ -237,10 +230,10 @@ class RunLogger:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the record; a run that was ended early says where, and has a digest of its own."""
-        if ended := self.limit.ended if self.limit else None:
+        if self.session.limit and (ended := self.session.limit.ended):
             known = self.record.config
             identity, note = {**known["identity"], EARLY: ended}, f"ended early, {ended}"
             self.record.update_config(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
             summary = {**summary, EARLY: ended}
-        found = {"findings": self.findings} if self.findings else {}
+        found = {"findings": self.session.findings} if self.session.findings else {}
         self.record.finish({**summary, **found, "seconds": self.record.seconds})

@@ -16,14 +16,13 @@ import torch
 import yaml
 from hostile import Call, touch
 from torch import nn
-from toys import REPOSITORY, environment, refuses, toy_images
+from toys import REPOSITORY, environment, refuses
 
 from sau.errors import Finished, LockedError, RecordError
 from sau.files import acquire, checksum, existing, in_use, read, release, safe_join, write
 from sau.record import folder as module
 from sau.record.attack_result import BACKDOORBENCH, load, load_weights
 from sau.record.folder import CHECKPOINT, CONFIG, LOG, MANIFEST, METRICS, SCHEMA, SUMMARY, Record, read_config
-from sau.run import AttackRun, RunLogger
 
 IDENTITY = {"lr": 0.1, "milestones": (60, 90), "path": None}
 EPOCH_1 = {"stage": 0, "place": {"epoch": 1}}
@@ -386,7 +385,7 @@ def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
     record.started = -20.0
     record.save(EPOCH_1)
     again = begun(tmp_path / "a")
-    RunLogger(again, AttackRun(), 3, toy_images(4), lambda: None, 0.0, 0.0)
+    again.started = 0.0
     again.load()
     assert again.seconds == 30.0
     again.save(EPOCH_1)

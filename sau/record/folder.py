@@ -31,13 +31,13 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five tim
 
 class Record:
     """The result folder `path`: `record/<name>`, or `record/<name>/defense/<method>`. While it is unfinished it is also
-    the checkpoint of its run."""
+    the checkpoint of its run, which began when `time.monotonic` was `started`; None is now."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, started: float | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.config: Config = {}
-        self.started = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self.earlier: float | None = None  # seconds before the checkpoint that was loaded first
 
     @property
