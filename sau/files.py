@@ -128,7 +128,7 @@ _locks: dict[Path, FileLock] = {}  # that this process has, by their files
 
 def acquire(folder: Path, wait: float = 0.5) -> None:
     """Lock `folder` for this process, which may have it already. LockedError if another process still uses it after
-    `wait` seconds, RecordError if the lock file cannot be written, or is a link."""
+    `wait` seconds, longer than `in_use` takes; RecordError if the lock file cannot be written, or is a link."""
     file = _lock_file(folder)
     if file in _locks:
         return
