@@ -161,7 +161,7 @@ def in_use(folder: Path) -> bool:
     if file in _locks or not os.access(file, os.W_OK):
         return file in _locks
     try:
-        acquire(folder, wait=0)
+        acquire(folder, wait=0.0)
     except LockedError:
         return True
     release(folder)

@@ -57,19 +57,15 @@ class Record:
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
         folder, RecordError if the run may neither start nor resume."""
         acquire(self.path)
-        self.config = self._interrupted(as_json(identity), overwrite)
-        return bool(self.config)
-
-    def _interrupted(self, identity: dict[str, Any], overwrite: bool) -> Config:
-        """The configuration of the run that resumes here; empty for a new run."""
+        self.config = {}
         if self._holds_only("defense"):
-            return {}
-        old = read_config(self.path / CONFIG)
+            return False
+        old, identity = read_config(self.path / CONFIG), as_json(identity)
         if overwrite:
             for lock in (self.path / "defense").glob(".*.lock"):
                 if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
                     raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
-            return {}
+            return False
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
         if self.finished and same:
             self.check(light=True)
@@ -78,11 +74,12 @@ class Record:
         if self.finished:
             raise RecordError(f"{self.path} is finished; {advice}")
         if not same and not self._holds_only(CONFIG, LOG):  # it holds only these before its first epoch
-            there, names = old["identity"], sorted({**old["identity"], **identity})
-            pairs = [(name, there.get(name), identity.get(name)) for name in names]
-            other = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in pairs if a != b)
+            there = old["identity"]
+            names = [name for name in sorted({**there, **identity}) if there.get(name) != identity.get(name)]
+            other = "; ".join(f"{name}: {there.get(name)!r} there, {identity.get(name)!r} here" for name in names)
             raise RecordError(f"{self.path} holds an unfinished run with other settings ({other}); {advice}")
-        return old if same else {}
+        self.config = old if same else {}
+        return same
 
     def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
         """Start the folder or resume it, as `can_start` allows; `config` are flags and choices, for `config.yaml`."""
