@@ -128,20 +128,16 @@ class Settings:
                 self.known.setdefault(name, replace(option, aliases=option.aliases + others))
         of_defenses = {} if self.kind == "attack" else {"width": "it is that of the weights"}
         self.reasons = {**IGNORED, **of_defenses, **method.ignored}
-        self.given = self._parsed(argv)
+        known, unknown = self._parser({}, True).parse_known_args(argv)
+        self.given: dict[str, Any] = vars(known)  # by the flags, not yet converted
         self.help_wanted: Any = self.given.pop("help", None)
+        if unknown and not self.help_wanted:  # help is given beside mistakes, too
+            every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
+            raise ConfigError(f"{unknown[0]!r} is no flag{nearest(unknown[0].split('=')[0], every)}; see --help")
         self.files = [self._read(name) for name in FILES if name in self.given and name in self.known]
         self.early = {name: each for file in self.files for name, each in file[""].items()} | self.given
         self.asked = {*self.early}  # what the user gave, by flag or file
         self.ignored |= {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
-
-    def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The flags, not yet converted; `--help` and its like stand under `help`."""
-        known, unknown = self._parser({}, True).parse_known_args(argv)
-        if "help" in known or not unknown:  # help also beside mistakes
-            return vars(known)
-        every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
-        raise ConfigError(f"{unknown[0]!r} is no flag{nearest(unknown[0].split('=')[0], every)}; see --help")
 
     def _parser(self, shown: Mapping[str, Any], everything: bool, about: str = "") -> Parser:
         """The flags; `shown` are the values in force, `everything` has other names and flags without effect as well."""

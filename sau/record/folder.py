@@ -85,7 +85,12 @@ class Record:
         """Start the folder or resume it, as `can_start` allows; `config` are flags and choices, for `config.yaml`."""
         resumes = self.can_start(identity, overwrite)
         if not resumes and not self._holds_only("defense"):  # defenses stay when their attack is made again
-            self._clear()
+            # The manifest goes first and the configuration last, so that a killed deletion is recognised.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == CONFIG, entry.name != MANIFEST)):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
         for file in temp_files(self.path):
             file.unlink()
         if not (self.path / CHECKPOINT).is_file():
@@ -96,14 +101,6 @@ class Record:
         """Whether nothing else is there, except what a killed first write left."""
         entries = {*self.path.iterdir()} if self.path.exists() else set()
         return entries <= {*(self.path / name for name in names), *temp_files(self.path)}
-
-    def _clear(self) -> None:
-        """Delete the content: the manifest first and the config last, so that a killed deletion is recognised."""
-        for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == CONFIG, entry.name != MANIFEST)):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
 
     def update_config(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
@@ -178,8 +175,20 @@ class Record:
         self.config = read_config(self.path / CONFIG)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
-        used = {file.name for file in self._files() if file.suffix in (".safetensors", ".pt", ".jsonl")}
-        _check_manifest(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
+        file = self.path / MANIFEST
+        try:
+            entries = read_json(file)["files"]
+            wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        except (OSError, *MALFORMED) as error:
+            raise RecordError(f"{file} is damaged: {error}") from None
+        used = {one.name for one in self._files() if one.suffix in (".safetensors", ".pt", ".jsonl")}
+        if missing := sorted((used | {CONFIG, SUMMARY}) - wanted.keys()):
+            raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
+        for name, (size, sha256) in wanted.items():
+            one = self.path / Path(name).name
+            same = one.name == name and one.is_file() and one.stat().st_size == size
+            if not same or not (light and one.suffix == ".safetensors" or checksum(one) == sha256):
+                raise RecordError(f"{one} is missing or damaged (it differs from {file.name}); make the folder again")
         return self.config
 
     def summary(self) -> dict[str, Any]:
@@ -226,19 +235,3 @@ def dump_manifest(files: list[Path]) -> bytes:
     """The content of `manifest.json` for these files."""
     entries = {file.name: {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files}
     return (json.dumps({"schema": SCHEMA, "files": entries}, indent=2) + "\n").encode()
-
-
-def _check_manifest(file: Path, required: set[str], light: bool) -> None:
-    """RecordError for the first file that differs from the manifest `file`, or that it ought to list."""
-    try:
-        entries = read_json(file)["files"]
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, *MALFORMED) as error:
-        raise RecordError(f"{file} is damaged: {error}") from None
-    if missing := sorted(required - wanted.keys()):
-        raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
-    for name, (size, sha256) in wanted.items():
-        one = file.parent / Path(name).name
-        same = one.name == name and one.is_file() and one.stat().st_size == size
-        if not same or not (light and one.suffix == ".safetensors" or checksum(one) == sha256):
-            raise RecordError(f"{one} is missing or damaged (it differs from {file.name}); make the folder again")
