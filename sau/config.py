@@ -96,7 +96,7 @@ def check(settings: Any, of: str = "") -> None:
         except ConfigError as error:
             refuse(name + of, value, str(error.allowed))
         same = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, os.PathLike) else value
-        if found != same or isinstance(found, bool) != isinstance(value, bool):  # a text is none of a number
+        if found != same or isinstance(found, bool) != isinstance(value, bool):  # a flag's text is no value
             refuse(name + of, value, words)
 
 

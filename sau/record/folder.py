@@ -222,7 +222,7 @@ def read_config(file: Path) -> Config:
     """The content of a `config.yaml` of ours; RecordError if it is not one, or of another version."""
     try:
         config: Config = _LOADER(read(file)).get_single_data()
-        schema, *_ = config["schema"], config["digest"], config["identity"].keys()
+        schema, _, _ = config["schema"], config["digest"], config["identity"].keys()
     except (OSError, *NO_YAML):
         text = f"{file.parent} is not a result folder of sau (no valid {file.name}); name another one"
         raise RecordError(text) from None
