@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -97,10 +97,13 @@ def attack(name: str, argv: Sequence[str]) -> None:
     dataset = asked.get("dataset") or Run.dataset
     origin, (recipe, why) = sources.source(dataset), asked.recipe()
     run, training, method = asked.settle(recipe, dataset)
-    _check_name(run.attack or name, name)
+    if run.attack and THEIRS.get(run.attack.lower(), run.attack.lower()) != name:
+        others = ", ".join(ATTACKS)
+        raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out, or run another of {others}")
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
-    record = Record(safe_join(run.record_root, run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")))
+    folder = run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")
+    record = Record(safe_join(run.record_root, folder), started)
     train, test = sources.load(dataset, run.dataset_path, run.img_size)
     notes = [note] if (note := sources.subset_note(dataset, train, test)) else []
     data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
@@ -125,14 +128,14 @@ def attack(name: str, argv: Sequence[str]) -> None:
     facts |= {"model": network, "notes": notes, "trigger_digest": mark}
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
-    begin(record, run, determined, model, method, where, facts, [line], asked.without_effect)
+    begin(record, run, determined, model, method, where, facts, [line], asked.ignored)
     plan = method.describe(poisoned, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
-    logger = RunLogger(record, run, method.classifier_epochs(training), test, again, started, each)
-    method.fit(model, poisoned, recipe=training, session=logger.session(), **how)
+    logger = RunLogger(record, run, method.classifier_epochs(training), test, again, each)
+    method.fit(model, poisoned, recipe=training, session=logger.session, **how)
     triggered = again()
     final, _ = logger.final(model, triggered)
     attack_result.save(record, model, method.poisoned_samples(poisoned), triggered, method.trigger)
@@ -155,9 +158,9 @@ def defend(name: str, argv: Sequence[str]) -> None:
     triggered = given.triggered and given.triggered.to(where)
     method = asked.adapted(method, model, len(clean))
 
-    record, determined = Record(given.folder), identity(method, run, given.identity)
+    record, determined = Record(given.folder, started), identity(method, run, given.identity)
     facts = {"method": {"defense": name, **method.params()}, **given.facts, "notes": given.notes}
-    begin(record, run, determined, model, method, where, facts, given.lines, asked.without_effect)
+    begin(record, run, determined, model, method, where, facts, given.lines, asked.ignored)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
     seconds = time.monotonic() - begun
@@ -169,11 +172,11 @@ def defend(name: str, argv: Sequence[str]) -> None:
     # Each evaluation measures the risks, or only the end does.
     expected = (seconds + searched, risks, 0.0) if run.track_risk else (seconds, None, searched)
     epochs = getattr(method, "epochs", 1)
-    logger = RunLogger(record, run, epochs, test, lambda: triggered, started, *expected)
-    oracle = method.selection == "oracle"
-    session = replace(logger.session(), judge=partial(score, clean=test, triggered=triggered) if oracle else None)
+    logger = RunLogger(record, run, epochs, test, lambda: triggered, *expected)
+    if oracle := method.selection == "oracle":
+        logger.session.judge = partial(score, clean=test, triggered=triggered)
     how: Any = {"augment": given.augment, "seed": run.random_seed, "settings": "as_given"}
-    fixed = method.purify(model, clean, session=session, **how)
+    fixed = method.purify(model, clean, session=logger.session, **how)
     after, found = logger.final(fixed, triggered)
     _keep(record, fixed, model, given)
     record.log(table({"before": before, "oracle" if oracle else "after": after}))
@@ -234,11 +237,3 @@ def _trigger(
     (share,) = proportions(model, crossed.pixels, crossed.labels)
     record.log(f"cross ACC {share.percent:.2f} %, on test images with a trigger that must have no effect")
     return {"trigger": hidden, **figures({"cross_acc": share})}
-
-
-def _check_name(given: str, name: str) -> None:
-    """ConfigError if `given`, what the user calls the attack, is not `name`, the one that runs."""
-    other = THEIRS.get(given.lower(), given.lower())
-    if other != name:
-        advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
-        raise ConfigError(f"--attack is {given!r}, but this is {name}; leave it out{advice}")

@@ -7,7 +7,6 @@ these, or one of these `| None`.
 import difflib
 import inspect
 import os
-import reprlib
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -28,8 +27,6 @@ SWITCH = {"true": True, "1": True, "false": False, "0": False}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
 # BackdoorBench's files of SAU, i-BAU (epochs) and NAD (weight_decay) hold both, and its code reads the second.
 SUPERSEDED = {"epochs": "n_rounds", "weight_decay": "wd"}
-_BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however long it is
-_BRIEF.maxlevel, _BRIEF.maxstring = 1, 100
 Bound = int | float
 
 
@@ -64,30 +61,13 @@ class Option:
         """The help text and the range."""
         return f"{self.help}; {self.range}" if self.range else self.help
 
-    def misfit(self, value: Any) -> str | None:
-        """What is allowed instead of `value`; None where it is of the right type and inside the range."""
-        words, optional = _words(self.hint), split_hint(self.hint)[2]
-        if not words:  # a method of somebody's own may have a field that cannot be a flag
-            return None
-        try:
-            same, found = tuple(value) if isinstance(value, list) else value, convert(value, self.hint)
-        except ConfigError:
-            return words
-        if isinstance(value, os.PathLike):
-            same = os.fspath(value)
-        if found != same or isinstance(found, bool) != isinstance(value, bool):
-            return words
-        values = found if isinstance(found, tuple) else () if found is None else (found,)
-        if all(BOUNDS[name][1](each, bound) for name, bound in self.bounds.items() for each in values):
-            return None
-        return f"none, or {self.range}" if optional else self.range
-
     def parse(self, value: Any) -> Any:
         """A flag's text or a YAML value as this parameter; ConfigError says what is allowed."""
         found = convert(value, self.hint)
-        if (allowed := self.misfit(found)) is not None:
-            raise ConfigError(f"allowed is {allowed}")
-        return found
+        each = found if isinstance(found, tuple) else () if found is None else (found,)
+        if all(BOUNDS[name][1](one, bound) for name, bound in self.bounds.items() for one in each):
+            return found
+        raise _misfit(f"none, or {self.range}" if split_hint(self.hint)[2] else self.range)
 
 
 def options(cls: type) -> dict[str, Option]:
@@ -108,8 +88,16 @@ def options(cls: type) -> dict[str, Option]:
 def check(settings: Any, of: str = "") -> None:
     """ConfigError if a field of the dataclass has the wrong type or is out of its range; `of` says whose it is."""
     for name, option in options(type(settings)).items():
-        if (allowed := option.misfit(value := getattr(settings, name))) is not None:
-            refuse(name + of, value, allowed)
+        if not (words := _words(option.hint)):  # a method of somebody's own may have a field that cannot be a flag
+            continue
+        value = getattr(settings, name)
+        try:
+            found = option.parse(value)
+        except ConfigError as error:
+            refuse(name + of, value, str(error.allowed))
+        same = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, os.PathLike) else value
+        if found != same or isinstance(found, bool) != isinstance(value, bool):  # a flag's text is no value
+            refuse(name + of, value, words)
 
 
 def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
@@ -139,7 +127,11 @@ def convert(value: Any, hint: Any) -> Any:
             number = float(value) if kind is float and isinstance(value, Real) else kind(text)
             if kind is int or abs(number) < FLOAT32_END:  # NaN is not
                 return number
-    raise ConfigError(f"allowed is {_words(hint)}")
+    raise _misfit(_words(hint))
+
+
+def _misfit(allowed: str) -> ConfigError:
+    return ConfigError(f"allowed is {allowed}", allowed=allowed)
 
 
 def _words(hint: Any) -> str:
@@ -179,17 +171,18 @@ class Setting(NamedTuple):
     value: Any
     origin: str
 
+    def __str__(self) -> str:
+        return f"{self.origin} is {repr(self.value)[:100]}"
+
 
 def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict[str, Any]:
     """Every setting as the type of its parameter; ConfigError names where a wrong one was given."""
     found = {}
-    for name, (value, origin) in settings.items():
-        if name not in known:
-            continue
+    for name in (name for name in settings if name in known):
         try:
-            found[name] = known[name].parse(value)
+            found[name] = known[name].parse(settings[name].value)
         except ConfigError as error:
-            raise ConfigError(f"{origin} is {_BRIEF.repr(value)}; {error}") from None
+            raise ConfigError(f"{settings[name]}; {error}") from None
     return found
 
 
@@ -197,8 +190,7 @@ def once(settings: dict[str, Any], name: str, given: Setting) -> None:
     """Add a setting; ConfigError if another value was given before under this name or another one of the parameter."""
     earlier = settings.setdefault(name, given)
     if earlier.value != given.value:
-        both = f"{earlier.origin} is {_BRIEF.repr(earlier.value)} and {given.origin} is {_BRIEF.repr(given.value)}"
-        raise ConfigError(f"{both}, for one setting; give one of them")
+        raise ConfigError(f"{earlier} and {given}, for one setting; give one of them")
 
 
 class _Yaml(yaml.SafeLoader):

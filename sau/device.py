@@ -45,7 +45,7 @@ def prepare(device: torch.device) -> torch.device:
 
 
 def set_threads(wish: int, earlier: int | None = None) -> int:
-    """Use `wish` CPU threads in this process, and return how many are used; see `keep_memory`, too.
+    """Use `wish` CPU threads in this process, and return how many are used.
 
     0 means OMP_NUM_THREADS, or `earlier`, the number that an interrupted run began with (other numbers round
     differently), or all cores that this process may use, by affinity and control group.
@@ -55,18 +55,12 @@ def set_threads(wish: int, earlier: int | None = None) -> int:
     variable = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested teams
     environment = int(variable) if variable.isdecimal() else 0
     torch.set_num_threads(wish or environment or earlier or joblib.cpu_count())
-    keep_memory()
+    # Keep freed memory, as the next update needs as much again. glibc hands large pieces back to the system, which
+    # clears and maps each page again: a tenth of the time of wide networks in fp32. Other C libraries have no mallopt.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, -1)
     return torch.get_num_threads()
-
-
-def keep_memory() -> bool:
-    """Have this process keep the memory that it frees, for its next update needs as much again.
-
-    By default glibc hands large pieces back to the system, which clears and maps each page again: a tenth of the time
-    of wide networks in fp32. False, and nothing is done, with another C library.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
 
 
 def has_bf16(device: torch.device) -> bool:

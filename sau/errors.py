@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import yaml
 
-# Failures of a disk, a network or the system. Not every system has every name.
-_NAMES = "EIO ESTALE ETIMEDOUT ENXIO ENODEV EAGAIN EMFILE ENFILE ENOMEM EREMOTEIO ENOSPC EDQUOT EFBIG"
-_FAULTS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
+# Failures of a disk, a network or the system, so that another try may help.
+_DISK = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.ENODEV, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FAULTS = _DISK | {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # What wrong content of a file raises where it is used, and what PyYAML raises on what is not YAML.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 NO_YAML = (yaml.YAMLError, *MALFORMED)
@@ -81,12 +81,6 @@ class LockedError(RecordError):
     status = 1
 
 
-class FaultError(RecordError):
-    """A disk, a network or the system failed, so that another try may help."""
-
-    status = 1
-
-
 class TrainingError(SauError):
     """A run cannot go on, or its result is useless."""
 
@@ -98,8 +92,10 @@ class OutOfMemory(TrainingError):
 
 
 def os_error(error: OSError, text: str) -> RecordError:
-    """The error to raise, with `text`, for one of the operating system."""
-    return (FaultError if error.errno in _FAULTS else RecordError)(text)
+    """The error to raise, with `text`, for one of the operating system; its status is 1 for a fault of the system."""
+    made = RecordError(text)
+    made.status = 1 if error.errno in _FAULTS else 2
+    return made
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -116,10 +112,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     with suppress(ValueError):  # only the main thread may handle signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
-        status = main()
-        if sys.stdout is not None:  # None where the caller closed it
-            sys.stdout.flush()
-        return status or 0
+        status = main() or 0
+        print(end="", flush=True)  # here an error of it is caught
+        return status
     except Finished as finished:
         print(finished)
         return 0

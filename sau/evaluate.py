@@ -168,10 +168,8 @@ def proportions(model: nn.Module, pixels: Tensor, *labels: Tensor) -> list[Propo
     """
     for each in labels:
         if each.shape != pixels.shape[:1] or each.dtype == torch.bool or each.is_floating_point() or not len(each):
-            raise DataError(
-                f"{len(pixels)} images have labels {list(each.shape)} of {each.dtype}, allowed is one whole number for "
-                "each of at least one image"
-            )
+            found = f"{len(pixels)} images have labels {list(each.shape)} of {each.dtype}"
+            raise DataError(f"{found}, allowed is one whole number for each of at least one image")
     pixels = in_range(pixels.detach()) if pixels.is_floating_point() else pixels
     predictions = predict(model, pixels, labels=labels)
     return [Proportion(int((predictions == each).sum()), len(each)) for each in labels]

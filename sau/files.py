@@ -43,23 +43,15 @@ def existing(root: str | Path, target: str) -> Path:
     return safe_join(root, name)
 
 
-def open_regular(path: Path, flags: int) -> int:
-    """The descriptor of a regular file; OSError for a FIFO or a device, which could block for ever. Add O_NOFOLLOW to
-    write where an untrusted folder may hold a link to any file of the user."""
-    file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    return file
-
-
 def read(path: Path, most: int = SMALL) -> bytes:
-    """The content of an untrusted file; OSError if it is not a regular file or has more than `most` bytes."""
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, allowed are {most:,}")
-        return file.read()
+    """The content of an untrusted file; OSError if it is not a regular file, as a FIFO could block for ever, or has
+    more than `most` bytes."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, allowed are {most:,}")
+    return path.read_bytes()
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -84,9 +76,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file, which is made if need be; RecordError if it is a link or cannot be written."""
+    """Add text to the end of a file, which is made if need be; RecordError if it cannot be written or is a link, which
+    in an untrusted folder may lead to any file of the user."""
     try:
-        with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a") as file:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link")
+        with path.open("a", errors="backslashreplace") as file:  # a file name in it need not be text
             file.write(text)
     except OSError as error:
         raise os_error(error, f"cannot write {path}: {error.strerror}") from None
@@ -128,17 +123,24 @@ def checksum(path: Path) -> str:
 # Locks. One process at a time uses a result folder: the lock is a file beside it, `.NAME.lock`, which the system
 # releases when the process dies, also on kill -9. The file stays: deleting it would let two processes lock two files.
 
-WAIT = 0.5  # seconds that `acquire` waits, longer than `in_use` takes
 _locks: dict[Path, FileLock] = {}  # that this process has, by their files
 
 
-def acquire(folder: Path) -> None:
-    """Lock `folder` for this process, which may have it already. LockedError if another process uses it, RecordError if
-    the lock file cannot be written, or is a link."""
-    if _lock_file(folder) not in _locks:
-        if (lock := _lock(folder, WAIT)) is None:
-            raise LockedError(f"{folder} is in use by another process; wait for it or stop it")
-        _locks[_lock_file(folder)] = lock
+def acquire(folder: Path, wait: float = 0.5) -> None:
+    """Lock `folder` for this process, which may have it already. LockedError if another process still uses it after
+    `wait` seconds, longer than `in_use` takes; RecordError if the lock file cannot be written, or is a link."""
+    file = _lock_file(folder)
+    if file in _locks:
+        return
+    lock = FileLock(file, thread_local=False)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(wait)
+    except Timeout:
+        raise LockedError(f"{folder} is in use by another process; wait for it or stop it") from None
+    except OSError as error:
+        raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
+    _locks[file] = lock
 
 
 def release(folder: Path) -> None:
@@ -155,24 +157,15 @@ def release_all() -> None:
 
 def in_use(folder: Path) -> bool:
     """Whether a process, this one included, uses `folder`; of another user's lock it cannot be told, so False."""
-    if not os.access(_lock_file(folder), os.W_OK):
-        return False
-    if lock := _lock(folder, 0.0):
-        lock.release()
-    return lock is None
-
-
-def _lock(folder: Path, wait: float) -> FileLock | None:
-    """The lock of a folder; None if it is not free within `wait` seconds."""
+    file = _lock_file(folder)
+    if file in _locks or not os.access(file, os.W_OK):
+        return file in _locks
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(_lock_file(folder), timeout=wait, thread_local=False)
-        lock.acquire()
-        return lock
-    except Timeout:
-        return None
-    except OSError as error:
-        raise os_error(error, f"cannot lock {folder}: {error.strerror}") from None
+        acquire(folder, wait=0.0)
+    except LockedError:
+        return True
+    release(folder)
+    return False
 
 
 def _lock_file(folder: Path) -> Path:

@@ -169,16 +169,32 @@ def run(
 
     Raises TrainingError when a loss, a parameter or a buffer of `model` is not finite; the last checkpoint is.
     """
-    _Run(step, batches, epochs, state, end_epoch, session, label, rate).go()
+    progress = _Progress(state, epochs, session, label, rate)
+    progress.resume()
+    while (epoch := progress.place.epoch) < epochs:
+        started = time.monotonic()
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        if not progress.one_epoch(step, batches):
+            return
+        losses = progress.place.means(rate)
+        ended = end_epoch(losses)
+        row = {"stage": float(session.stage), **losses} if session.stage else losses
+        progress.epoch_rng = progress.rng = get_rng_state()  # on_epoch may consume random numbers
+        figures = {**losses, **session.on_epoch(epoch + 1, row, state)}
+        text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
+        session.say(f"{label} {epoch + 1}/{epochs}  {text}  {time.monotonic() - started:.1f} s")
+        progress.place = _Place(epochs if ended else epoch + 1)
+        progress.save(None if progress.due() or progress.place.epoch == epochs else LARGE)
+    set_rng_state(progress.rng)  # a run that was resumed at its end drew nothing
 
 
 @dataclass
-class _Run:
-    step: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    batches: Any
-    epochs: int
+class _Progress:
+    """Where a run is, its checkpoints and its forecast."""
+
     state: dict[str, Any]
-    end_epoch: Callable[[dict[str, float]], bool | None]
+    epochs: int
     session: RunContext
     label: str
     rate: str
@@ -188,31 +204,11 @@ class _Run:
     epoch_rng: RngState = field(default_factory=get_rng_state)  # the generators before the first batch of this epoch
     rng: RngState = field(default_factory=get_rng_state)  # and before the next batch
 
-    def go(self) -> None:
-        self._resume()
-        while self.place.epoch < self.epochs:
-            started = time.monotonic()
-            if hasattr(self.batches, "set_epoch"):
-                self.batches.set_epoch(self.place.epoch)
-            if not self._one_epoch():
-                return
-            losses = self.place.means(self.rate)
-            ended = self.end_epoch(losses)
-            done = self.place.epoch + 1
-            row = {"stage": float(self.session.stage), **losses} if self.session.stage else losses
-            self.epoch_rng = self.rng = get_rng_state()  # on_epoch may consume random numbers
-            figures = {**losses, **self.session.on_epoch(done, row, self.state)}
-            text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
-            self.session.say(f"{self.label} {done}/{self.epochs}  {text}  {time.monotonic() - started:.1f} s")
-            self.place = _Place(self.epochs if ended else done)
-            self._save(None if self._due() or self.place.epoch == self.epochs else LARGE)
-        set_rng_state(self.rng)  # a run that was resumed at its end drew nothing
-
-    def _one_epoch(self) -> bool:
+    def one_epoch(self, step: Callable[[Tensor, Tensor], dict[str, Tensor]], batches: Batched) -> bool:
         """From `place` to the end of its epoch, or (False) to the limit."""
         set_rng_state(self.epoch_rng)
-        skipped, length = self.place.batch, len(self.batches)
-        walk = iter(self.batches)
+        skipped, length = self.place.batch, len(batches)
+        walk = iter(batches)
         for _ in range(skipped):
             next(walk)
         if skipped:
@@ -221,16 +217,17 @@ class _Run:
         for x, y, *_ in tqdm(walk, title, length, initial=skipped, leave=False, disable=self.session.no_bar):
             if self._time_is_up(title, length):
                 return False
-            self.place.add(self.step(x, y), len(y))
-            if self.session.limit is not None:
-                self.rng = get_rng_state()  # for a checkpoint that is written after the next batch is drawn
-            self._forecast()
-            if self._due() and self.place.batch < length:  # the end of the epoch has its own
+            self.place.add(step(x, y), len(y))
+            self._forecast(length)
+            due = self.due() and self.place.batch < length  # the end of the epoch has its own
+            if due or self.session.limit is not None:  # whose checkpoint is written after the next batch is drawn
                 self.rng = get_rng_state()
-                self._save()
+            if due:
+                self.save()
         return True
 
-    def _due(self) -> bool:
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
         return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
 
     def _time_is_up(self, epoch: str, length: int) -> bool:
@@ -238,14 +235,14 @@ class _Run:
         if not self.session.time_is_up(f"{epoch}, before batch {self.place.batch + 1} of {length}"):
             return False
         if self.session.limit is not None and self.session.limit.whole:
-            self._save()
+            self.save()
             raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         self._refuse_broken()
         if not (self.session.stage or self.place.epoch or self.place.batch):
             self.session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         return True
 
-    def _forecast(self) -> None:
+    def _forecast(self, length: int) -> None:
         """Once, after the first updates: the time to the end, by those after the first, which warms up."""
         if len(self.step_times) > FORECAST_STEPS:
             return
@@ -253,11 +250,11 @@ class _Run:
             torch.cuda.synchronize()
         self.step_times.append(time.monotonic())
         if len(self.step_times) > FORECAST_STEPS:
-            left = (self.epochs - self.place.epoch) * len(self.batches) - self.place.batch
+            left = (self.epochs - self.place.epoch) * length - self.place.batch
             seconds = left * (self.step_times[-1] - self.step_times[0]) / FORECAST_STEPS + self.session.other_seconds
             self.session.say(f"forecast: about {duration(seconds)} to the end of {self.label} {self.epochs}")
 
-    def _save(self, below: int | None = None) -> None:
+    def save(self, below: int | None = None) -> None:
         """Refuse a broken loss or weight; write a checkpoint, of networks of fewer bytes than `below`."""
         self._refuse_broken()
         if self.session.checkpoint is None:
@@ -281,7 +278,8 @@ class _Run:
             where = f"{self.label} {self.place.epoch}, batch {self.place.batch}"
             raise TrainingError(f"a weight is not finite after {where}; try a smaller --{self.rate}")
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Go on from the last checkpoint; one of a later stage ends the run."""
         kept = self.session.last_checkpoint
         if kept is None or kept["stage"] < self.session.stage:
             return

@@ -136,11 +136,11 @@ def identity(method: Method, run: Run, more: Mapping[str, Any]) -> dict[str, Any
 
 def begin(
     record: Record, run: Run, determined: dict[str, Any], model: Normalized, method: Method, where: torch.device,
-    facts: Mapping[str, Any], lines: Sequence[str], ignored: str = "",
+    facts: Mapping[str, Any], lines: Sequence[str], ignored: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run. `determined` is
-    the `identity`, `facts` are written to `config.yaml` as well, `ignored` says which flags have no effect. ConfigError
-    if an interrupted run began in another precision than is asked now."""
+    the `identity`, `facts` are written to `config.yaml` as well, `ignored` are flags without effect, each with the
+    reason. ConfigError if an interrupted run began in another precision than is asked now."""
     record.can_start(determined, run.overwrite)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")
@@ -154,7 +154,8 @@ def begin(
     asked = {"run": asdict(run), "command": shlex.join(sys.argv), "git": _commit(), "versions": versions}
     record.begin({**asked, **machine, **facts}, determined, run.overwrite)
     said = [*lines, *(f"note: {note}" for note in facts["notes"])]
-    said += [f"warning: flags without effect here: {ignored}"] if ignored else []
+    without_effect = "; ".join(f"--{name}: {why}" for name, why in ignored.items())
+    said += [f"warning: flags without effect here: {without_effect}"] if ignored else []
     said.append(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} thread{'s' * (threads > 1)}")
     if run.compile != model.compiled:
         why = "this run goes on as it began" if method.compiles else f"the networks of {method.name} cannot be compiled"
@@ -182,28 +183,21 @@ class RunLogger:
     epochs: int
     test: Images  # clean
     triggered: Callable[[], Images | None]  # makes the triggered test images, or None; called at each evaluation
-    started: float  # when the command began, by `time.monotonic`
     evaluation_seconds: float  # what one evaluation is expected to take
     risks: Callable[[nn.Module], Found] | None = None  # measures the risks of a network at each evaluation
     closing_seconds: float = 0.0  # what is expected to follow the last evaluation
     last: tuple[str, Score, Found | None] | None = field(default=None, init=False)  # of the last evaluated network
-    findings: dict[str, Any] = field(default_factory=dict, init=False)
-    limit: Limit | None = field(default=None, init=False)
+    session: RunContext = field(init=False)  # what the loop needs of this
 
     def __post_init__(self) -> None:
-        self.record.started = self.started
+        evaluations = -(-self.epochs // self.run.eval_every)
+        self.session = RunContext(
+            checkpoint=self.record, on_epoch=self.on_epoch, say=self.record.log, note=self.record.update_config,
+            other_seconds=evaluations * self.evaluation_seconds, data_checked=True,
+        )  # fmt: skip
         if self.run.max_minutes:  # an epoch may end, and be evaluated, with the last update
             after = 2 * self.evaluation_seconds + self.closing_seconds
-            self.limit = Limit(self.started + 60 * self.run.max_minutes - after)
-
-    def session(self) -> RunContext:
-        """What the loop needs of this."""
-        evaluations = -(-self.epochs // self.run.eval_every)
-        return RunContext(
-            checkpoint=self.record, on_epoch=self.on_epoch, say=self.record.log, note=self.record.update_config,
-            other_seconds=evaluations * self.evaluation_seconds, limit=self.limit, findings=self.findings,
-            data_checked=True,
-        )  # fmt: skip
+            self.session.limit = Limit(self.record.started + 60 * self.run.max_minutes - after)
 
     def on_epoch(self, epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
@@ -236,10 +230,10 @@ class RunLogger:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the record; a run that was ended early says where, and has a digest of its own."""
-        if ended := self.limit.ended if self.limit else None:
+        if self.session.limit and (ended := self.session.limit.ended):
             known = self.record.config
             identity, note = {**known["identity"], EARLY: ended}, f"ended early, {ended}"
             self.record.update_config(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
             summary = {**summary, EARLY: ended}
-        found = {"findings": self.findings} if self.findings else {}
+        found = {"findings": self.session.findings} if self.session.findings else {}
         self.record.finish({**summary, **found, "seconds": self.record.seconds})

@@ -75,11 +75,6 @@ def shipped(kind: str, name: str, known: Mapping[str, Option]) -> Layers:
     return next((read_yaml(path, known) for path in places if path.is_file()), {})
 
 
-def build(cls: type, found: Mapping[str, Any]) -> Any:
-    """The object that the values describe."""
-    return cls(**{name: found[name] for name in options(cls) if name in found})
-
-
 # Flags
 
 
@@ -114,8 +109,7 @@ def config_text(about: str, members: Iterable[Option], shown: Mapping[str, Any])
         value = shown.get(option.name, option.default)
         lines += textwrap.wrap(option.about, 118, initial_indent="# ", subsequent_indent="# ")
         plain = list(value) if isinstance(value, tuple) else written(value, option.hint) if value is None else value
-        text = yaml.safe_dump([plain], default_flow_style=True, width=math.inf)  # in a list nothing follows the value
-        lines.append(f"{option.name}: {text.strip()[1:-1]}")
+        lines.append(yaml.safe_dump({option.name: plain}, default_flow_style=True, width=math.inf).strip()[1:-1])
     return "\n".join(lines)
 
 
@@ -134,20 +128,16 @@ class Settings:
                 self.known.setdefault(name, replace(option, aliases=option.aliases + others))
         of_defenses = {} if self.kind == "attack" else {"width": "it is that of the weights"}
         self.reasons = {**IGNORED, **of_defenses, **method.ignored}
-        self.given = self._parsed(argv)
+        known, unknown = self._parser({}, True).parse_known_args(argv)
+        self.given: dict[str, Any] = vars(known)  # by the flags, not yet converted
         self.help_wanted: Any = self.given.pop("help", None)
+        if unknown and not self.help_wanted:  # help is given beside mistakes, too
+            every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
+            raise ConfigError(f"{unknown[0]!r} is no flag{nearest(unknown[0].split('=')[0], every)}; see --help")
         self.files = [self._read(name) for name in FILES if name in self.given and name in self.known]
         self.early = {name: each for file in self.files for name, each in file[""].items()} | self.given
         self.asked = {*self.early}  # what the user gave, by flag or file
         self.ignored |= {name: why for name, why in self.reasons.items() if name in self.asked - self.known.keys()}
-
-    def _parsed(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The flags, not yet converted; `--help` and its like stand under `help`."""
-        known, unknown = self._parser({}, True).parse_known_args(argv)
-        if "help" in known or not unknown:  # help also beside mistakes
-            return vars(known)
-        every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
-        raise ConfigError(f"{unknown[0]!r} is no flag{nearest(unknown[0].split('=')[0], every)}; see --help")
 
     def _parser(self, shown: Mapping[str, Any], everything: bool, about: str = "") -> Parser:
         """The flags; `shown` are the values in force, `everything` has other names and flags without effect as well."""
@@ -202,8 +192,7 @@ class Settings:
         """Print the help or the configuration, with the values that these flags would run with, and leave, if asked."""
         if self.help_wanted is None:
             return
-        shown = {**values(self._layers(recipe, dataset, record or {}), self.known), "recipe": recipe}
-        shown["dataset"] = dataset
+        shown = self._values(recipe, dataset, record or {})
         about = " ".join((self.method.__doc__ or "").split("\n\n")[0].split())
         if self.help_wanted == "--print_config":
             others = {*FILES, "save_folder_name", "overwrite"}
@@ -246,11 +235,11 @@ class Settings:
         """The sections as objects, for the recipe and the data set in force; prints the help and leaves instead where
         that was asked for. A flag or YAML key that contradicts the data set or network of the `record` is refused."""
         self.help(recipe, dataset, record)
-        found = values(self._layers(recipe, dataset, record or {}), self.known)
-        return [build(section, {**found, "recipe": recipe, "dataset": dataset}) for section in self.sections]
+        found = self._values(recipe, dataset, record or {})
+        return [cls(**{name: found[name] for name in options(cls) if name in found}) for cls in self.sections]
 
-    def _layers(self, recipe: str, dataset: str, record: Mapping[str, Any]) -> dict[str, Setting]:
-        """Every setting that is not its default, by precedence."""
+    def _values(self, recipe: str, dataset: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Every value that is not its default, by precedence."""
         layers: dict[str, Setting] = {}
         if self.kind == "attack":
             layers = overlaid(shipped("recipe", dataset, self.known), recipe, dataset)
@@ -261,15 +250,10 @@ class Settings:
         given |= self.given
         for name in ("dataset", "model", "width", "num_classes"):
             if record.get(name) is not None and name in given and str(given[name].value) != str(record[name]):
-                asked = f"{given[name].origin} is {given[name].value!r}"
-                raise ConfigError(f"{asked}, but the record has {record[name]!r}; leave it out")
+                raise ConfigError(f"{given[name]}, but the record has {record[name]!r}; leave it out")
         self.asked |= given.keys()
-        return {**layers, **{name: Setting(value, f"record: {name}") for name, value in record.items()}, **given}
-
-    @property
-    def without_effect(self) -> str:
-        """The flags without effect that the user gave, and why; empty if there are none."""
-        return "; ".join(f"--{name}: {why}" for name, why in self.ignored.items())
+        layers |= {name: Setting(value, f"record: {name}") for name, value in record.items()} | given
+        return {**values(layers, self.known), "recipe": recipe, "dataset": dataset}
 
     def ignore(self, names: Iterable[str], reason: str) -> None:
         """Remember which of these flags, that are for another kind of command, the user gave."""

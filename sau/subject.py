@@ -80,9 +80,9 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
 
 def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset_path: str | None) -> Subject:
     """The attacked network and the images of `attacked`; `dataset_path` is as in `AttackResult.images`."""
-    kind = attacked.offers("poisoned" if method.data_use == "poisoned" else "clean")
     train, test, notes = attacked.images(dataset_path)
-    given, about = clean_subset(attacked.given(train, kind), run.ratio, run.random_seed, run.index), "no images needed"
+    train, kind = attacked.given(train, method.data_use)
+    given, about = clean_subset(train, run.ratio, run.random_seed, run.index), "no images needed"
     if method.data_use != "none":
         notes += check_clean_set(given, test, kind)
         about = f"{len(given):,} {kind} images of {attacked.dataset}"

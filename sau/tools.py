@@ -58,10 +58,7 @@ def report(argv: Sequence[str]) -> int:
     if (args.root / CONFIG).is_file() and run_kind(read_config(args.root / CONFIG)) == OWN:
         if tables:
             raise ConfigError("csv, latex and json are tables of attacks; leave them out for a network of your own")
-        try:
-            texts = {args.out: build_own(args.root, args.beside)}
-        except KeyError as error:
-            raise RecordError(f"{args.root} has no {error}, as of an earlier version; run the defense again") from None
+        texts = {args.out: build_own(args.root, args.beside)}
     else:
         if args.beside:
             raise ConfigError(f"--beside is for the page of a network of your own, which {args.root} is not")

@@ -114,9 +114,9 @@ def detect(asked: argparse.Namespace) -> None:
     """Print the table, and write the scores."""
     require("--expected", asked.expected, 0 < asked.expected <= 2 / 3, "above 0 and up to 2/3")
     device, attacked = use_device(asked), attack_result.load(existing(asked.record_root, asked.name))
-    if attacked.offers("poisoned") != "poisoned":
+    train, kind = attacked.given(attacked.images(asked.dataset_path)[0], "poisoned")
+    if kind != "poisoned":
         raise RecordError(f"{attacked.path} is a clean network; name an attack")
-    train = attacked.given(attacked.images(asked.dataset_path)[0], "poisoned")
     model, bad, body = attacked.model().to(device), train.role == BACKDOOR, []
     model.amp = bool(attacked.amp)
     columns = {"index": train.index.tolist(), "label": train.labels.tolist()}

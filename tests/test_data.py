@@ -282,11 +282,11 @@ def test_a_defense_is_given_poisons_where_it_needs_them_and_there_are_any(tmp_pa
     train = toy_images(8)
     poisoned = replace(train[torch.tensor([3])], labels=torch.tensor([1]))
     found = replace(VICTIM, path=tmp_path, poisoned=poisoned, settings={"pratio": 0.1})
-    assert found.offers("poisoned") == "poisoned" and found.offers("clean") == "clean"
-    assert found.given(train, "poisoned").labels[3] == 1 and found.given(train, "clean") is train
+    images, kind = found.given(train, "poisoned")
+    assert images.labels[3] == 1 and kind == "poisoned" and found.given(train, "clean") == (train, "clean")
     clean = replace(found, poisoned=None, settings={"pratio": 0})
-    assert clean.offers("poisoned") == "clean" and clean.given(train, "poisoned") is train
+    assert clean.given(train, "poisoned") == (train, "clean")
     for settings in ({"pratio": 0.1}, None):
         with refuses(RecordError, "no poisoned training images"):
-            replace(clean, settings=settings).offers("poisoned")
-        assert replace(clean, settings=settings).offers("clean") == "clean"
+            replace(clean, settings=settings).given(train, "poisoned")
+        assert replace(clean, settings=settings).given(train, "clean") == (train, "clean")

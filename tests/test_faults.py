@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -65,8 +64,8 @@ def run(name: str, root: Path, prepare: Callable[[], None] = nothing) -> Callabl
     argv += ["--save_folder_name", name] if argv[0] == "attack" else []
 
     def work() -> int:
-        session = RunLogger.session
-        RunLogger.session = lambda self: replace(session(self), save_every=0.0)  # type: ignore[method-assign]
+        made = RunLogger.__post_init__
+        RunLogger.__post_init__ = lambda self: made(self) or vars(self.session).update(save_every=0.0)
         prepare()
         sys.argv = ["sau", *argv]
         return main(argv)

@@ -42,18 +42,15 @@ class AttackResult:
     amp: bool | None = None  # whether the attack's network ran in bf16
     gate: dict[str, Any] | None = None  # as in `summary.json`; None without a gate
 
-    def offers(self, needs: Literal["clean", "poisoned"]) -> Literal["clean", "poisoned"]:
-        """The kind of images for a defense that `needs` such; those of a clean network are all clean. RecordError if
-        the attack did not keep its poisoned images."""
-        poisons = self.settings is None or self.settings.get("pratio", 0) > 0
-        if needs == "poisoned" and self.poisoned is None and poisons:
-            raise RecordError(f"{self.path} holds no poisoned training images, as this defense needs; take another")
-        return needs if self.poisoned is not None else "clean"
-
-    def given(self, train: Images, kind: str) -> Images:
-        """`train` for a defense that gets this `kind`: for `poisoned` with the poisoned images in their places."""
+    def given(self, train: Images, needs: Literal["none", "clean", "poisoned"]) -> tuple[Images, str]:
+        """`train` for a defense that `needs` such images, and their kind: `poisoned`, with the poisoned ones in their
+        places, or `clean`, as all of a clean network are. RecordError if the attack did not keep the poisoned ones."""
         bad = self.poisoned
-        return train.replace_rows(bad, bad.index) if kind == "poisoned" and bad is not None else train
+        if needs != "poisoned" or (bad is None and self.settings and not self.settings.get("pratio")):
+            return train, "clean"
+        if bad is None:
+            raise RecordError(f"{self.path} holds no poisoned training images, as this defense needs; take another")
+        return train.replace_rows(bad, bad.index), "poisoned"
 
     def model(self) -> Normalized:
         """The attacked network, on the CPU, in eval mode; RecordError if the weights are of another network."""
@@ -80,20 +77,18 @@ class AttackResult:
         notes = [note] if (note := sources.subset_note(self.dataset, *every)) else []
         marks = dict(zip(("train", "test"), map(sources.fingerprint, every), strict=True))
         same, seen = self.fingerprints in (None, marks), list[Images]()
-        for name, images, length in zip(("training", "test"), every, self.lengths, strict=True):
+        parts = zip(("training", "test"), every, self.lengths, (self.poisoned, self.triggered), strict=True)
+        for name, images, length, bad in parts:
             if length is not None and length < len(images):
                 notes.append(f"the attack saw the first {length} of {len(images)} {name} images; this run sees those")
                 images = images[torch.arange(length)]
             same = same and length in (None, len(images))
+            if bad is not None:  # made from these images
+                same = same and int(bad.index.max()) < len(images) and images.labels[bad.index].equal(bad.true_labels)
             seen.append(images)
-        if not (same and _from(seen[0], self.poisoned) and _from(seen[1], self.triggered)):
+        if not same:
             raise RecordError(f"{place} holds other {self.dataset} images than the attack saw; correct --dataset_path")
         return seen[0], seen[1], notes
-
-
-def _from(clean: Images, bad: Images | None) -> bool:
-    """Whether poisoned or triggered images, if there are any, can be made from these."""
-    return bad is None or (int(bad.index.max()) < len(clean) and clean.labels[bad.index].equal(bad.true_labels))
 
 
 def save(

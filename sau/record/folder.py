@@ -31,13 +31,13 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is five tim
 
 class Record:
     """The result folder `path`: `record/<name>`, or `record/<name>/defense/<method>`. While it is unfinished it is also
-    the checkpoint of its run."""
+    the checkpoint of its run, which began when `time.monotonic` was `started`; None is now."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, started: float | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.config: Config = {}
-        self.started = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self.earlier: float | None = None  # seconds before the checkpoint that was loaded first
 
     @property
@@ -57,25 +57,15 @@ class Record:
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
         folder, RecordError if the run may neither start nor resume."""
         acquire(self.path)
-        try:
-            self.config = self._interrupted(as_json(identity), overwrite)
-        except RecordError:
-            release(self.path)
-            raise
-        return bool(self.config)
-
-    def _interrupted(self, identity: dict[str, Any], overwrite: bool) -> Config:
-        """The configuration of the run that resumes here; empty for a new run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
+        self.config = {}
         if self._holds_only("defense"):
-            return {}
-        old = read_config(self.path / CONFIG)
+            return False
+        old, identity = read_config(self.path / CONFIG), as_json(identity)
         if overwrite:
             for lock in (self.path / "defense").glob(".*.lock"):
                 if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
                     raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
-            return {}
+            return False
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
         if self.finished and same:
             self.check(light=True)
@@ -84,17 +74,23 @@ class Record:
         if self.finished:
             raise RecordError(f"{self.path} is finished; {advice}")
         if not same and not self._holds_only(CONFIG, LOG):  # it holds only these before its first epoch
-            there, names = old["identity"], sorted({**old["identity"], **identity})
-            pairs = [(name, there.get(name), identity.get(name)) for name in names]
-            other = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in pairs if a != b)
+            there = old["identity"]
+            names = [name for name in sorted({**there, **identity}) if there.get(name) != identity.get(name)]
+            other = "; ".join(f"{name}: {there.get(name)!r} there, {identity.get(name)!r} here" for name in names)
             raise RecordError(f"{self.path} holds an unfinished run with other settings ({other}); {advice}")
-        return old if same else {}
+        self.config = old if same else {}
+        return same
 
     def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
         """Start the folder or resume it, as `can_start` allows; `config` are flags and choices, for `config.yaml`."""
         resumes = self.can_start(identity, overwrite)
         if not resumes and not self._holds_only("defense"):  # defenses stay when their attack is made again
-            self._clear()
+            # The manifest goes first and the configuration last, so that a killed deletion is recognised.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == CONFIG, entry.name != MANIFEST)):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
         for file in temp_files(self.path):
             file.unlink()
         if not (self.path / CHECKPOINT).is_file():
@@ -106,14 +102,6 @@ class Record:
         entries = {*self.path.iterdir()} if self.path.exists() else set()
         return entries <= {*(self.path / name for name in names), *temp_files(self.path)}
 
-    def _clear(self) -> None:
-        """Delete the content: the manifest first and the config last, so that a killed deletion is recognised."""
-        for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == CONFIG, entry.name != MANIFEST)):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
     def update_config(self, **facts: Any) -> None:
         """Add facts to `config.yaml`."""
         self.config.update(as_json(facts))
@@ -121,7 +109,6 @@ class Record:
 
     def log(self, text: str) -> None:
         """Print a line and append it to `log.txt`."""
-        text = text.encode(errors="backslashreplace").decode()  # a path need not be text
         print(text, flush=True)
         append(self.path / LOG, text + "\n")
 
@@ -188,8 +175,20 @@ class Record:
         self.config = read_config(self.path / CONFIG)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")
-        used = {file.name for file in self._files() if file.suffix in (".safetensors", ".pt", ".jsonl")}
-        _check_manifest(self.path / MANIFEST, used | {CONFIG, SUMMARY}, light)
+        file = self.path / MANIFEST
+        try:
+            entries = read_json(file)["files"]
+            wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        except (OSError, *MALFORMED) as error:
+            raise RecordError(f"{file} is damaged: {error}") from None
+        used = {one.name for one in self._files() if one.suffix in (".safetensors", ".pt", ".jsonl")}
+        if missing := sorted((used | {CONFIG, SUMMARY}) - wanted.keys()):
+            raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
+        for name, (size, sha256) in wanted.items():
+            one = self.path / Path(name).name
+            same = one.name == name and one.is_file() and one.stat().st_size == size
+            if not same or not (light and one.suffix == ".safetensors" or checksum(one) == sha256):
+                raise RecordError(f"{one} is missing or damaged (it differs from {file.name}); make the folder again")
         return self.config
 
     def summary(self) -> dict[str, Any]:
@@ -222,15 +221,13 @@ def run_kind(config: Config) -> str:
 def read_config(file: Path) -> Config:
     """The content of a `config.yaml` of ours; RecordError if it is not one, or of another version."""
     try:
-        config = _LOADER(read(file)).get_single_data()
-        valid = {"schema", "digest", "identity"} <= config.keys() and isinstance(config["identity"], dict)
+        config: Config = _LOADER(read(file)).get_single_data()
+        schema, _, _ = config["schema"], config["digest"], config["identity"].keys()
     except (OSError, *NO_YAML):
-        valid = False
-    if not valid:
-        raise RecordError(f"{file.parent} is not a result folder of sau (no valid {file.name}); name another one")
-    if config["schema"] != SCHEMA:
-        version = f"schema {config['schema']!r}, this version reads {SCHEMA}"
-        raise RecordError(f"{file.parent} has {version}; use the sau that wrote it")
+        text = f"{file.parent} is not a result folder of sau (no valid {file.name}); name another one"
+        raise RecordError(text) from None
+    if schema != SCHEMA:
+        raise RecordError(f"{file.parent} has schema {schema!r}, not {SCHEMA}; use the version of sau that wrote it")
     return config
 
 
@@ -238,19 +235,3 @@ def dump_manifest(files: list[Path]) -> bytes:
     """The content of `manifest.json` for these files."""
     entries = {file.name: {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files}
     return (json.dumps({"schema": SCHEMA, "files": entries}, indent=2) + "\n").encode()
-
-
-def _check_manifest(file: Path, required: set[str], light: bool) -> None:
-    """RecordError for the first file that differs from the manifest `file`, or that it ought to list."""
-    try:
-        entries = read_json(file)["files"]
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, *MALFORMED) as error:
-        raise RecordError(f"{file} is damaged: {error}") from None
-    if missing := sorted(required - wanted.keys()):
-        raise RecordError(f"{file} does not name {missing[0]}; remove that file or make the folder again")
-    for name, (size, sha256) in wanted.items():
-        one = file.parent / Path(name).name
-        same = one.name == name and one.is_file() and one.stat().st_size == size
-        if not same or not (light and one.suffix == ".safetensors" or checksum(one) == sha256):
-            raise RecordError(f"{one} is missing or damaged (it differs from {file.name}); make the folder again")
