@@ -57,7 +57,6 @@ class Store:
         self.kept = ChainMap(*(load(file) for file in published if file.exists()))
 
     def folder(self, cell: Cell) -> Path:
-        """The result folder of a cell."""
         return self.root / cell.folder
 
     @property
@@ -66,7 +65,6 @@ class Store:
         return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.root / ".grid" / "cache"))
 
     def finished(self, cell: Cell) -> bool:
-        """Whether the cell's record lies here."""
         return Record(self.folder(cell)).finished
 
     def state(self, cell: Cell) -> str:
