@@ -8,6 +8,7 @@ that failed tried again.
 """
 
 import argparse
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -145,7 +146,9 @@ def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
     todo = needed(every, store)
     say(f"{len(every)} cells, {len(todo)} to run; {store.root}")
     if todo:
-        how = {"root": store.root, "cache": store.cache, "timeout": grid.cell_timeout}
+        cache = os.environ.get("SAU_CACHE") or store.root / ".grid" / "cache"  # of all cells, on whatever machine
+        cache = os.path.abspath(os.path.expanduser(cache))
+        how = {"root": store.root, "cache": cache, "timeout": grid.cell_timeout}
         if given.engine == "local":
             for dataset, place in dict.fromkeys(cell.data for cell in todo):
                 load(dataset, place)  # refuses missing data, downloads and decodes once for all cells

@@ -1,7 +1,6 @@
 """What is on disk of a grid's cells: their folders, and the results that are kept of them."""
 
 import json
-import os
 import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
@@ -58,11 +57,6 @@ class Store:
 
     def folder(self, cell: Cell) -> Path:
         return self.root / cell.folder
-
-    @property
-    def cache(self) -> str:
-        """Folder of trained triggers and decoded images, which all cells share, also those on other machines."""
-        return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.root / ".grid" / "cache"))
 
     def finished(self, cell: Cell) -> bool:
         return Record(self.folder(cell)).finished
