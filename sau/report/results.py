@@ -130,7 +130,14 @@ def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any
     config: dict[str, Any] = {}
     if summary is None:
         record = Record(folder)
-        config, summary = _checked(record, attack), record.summary()
+        config = record.check(light=True)
+        if run_kind(config) == OWN:
+            raise RecordError("a purified network of your own, which has a page of its own: sau report FOLDER")
+        if attack is None and "defense" in config["identity"]:
+            raise RecordError("a defense without its attack; name the folder of the attack or one above it")
+        if attack and attack.config.get("digest") not in (None, config.get("attacked")):
+            raise RecordError("it purified another attack than the one that is here now")
+        summary = record.summary()
     gated, data = gate(summary, folder), config.get("data") or {}
     identity, run, named = config.get("identity", {}), config.get("run") or {}, parse_name(folder.name)
     settings = {str(key): value for key, value in identity.items() if key not in SEED_KEYS}
@@ -149,18 +156,6 @@ def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any
         settings=settings or None if attack else None,
         missed_gate=float(gated["asr"]) if gated and not gated["passed"] else None,
     )  # fmt: skip
-
-
-def _checked(record: Record, attack: Result | None) -> dict[str, Any]:
-    """The configuration of a whole folder; RecordError for one that does not count, or of another attack."""
-    config = record.check(light=True)
-    if run_kind(config) == OWN:
-        raise RecordError("a purified network of your own, which has a page of its own: sau report FOLDER")
-    if attack is None and "defense" in config["identity"]:
-        raise RecordError("a defense without its attack; name the folder of the attack or one above it")
-    if attack and attack.config.get("digest") not in (None, config.get("attacked")):
-        raise RecordError("it purified another attack than the one that is here now")
-    return config
 
 
 def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
