@@ -6,7 +6,7 @@ repeat what colours say.
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from sau.risk import measure
 from sau.util import marked
 
 Style = tuple[str, str | None, str]  # label, colour, line style or hatch
+Rows = Sequence[Mapping[str, float]]  # of `metrics.jsonl`
 
 BLACK, GREY = "#000000", "#808080"  # grey on light and dark pages
 COLOURS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN = (
@@ -53,6 +54,7 @@ TYPES: dict[str, Style] = {
 }
 NORMS = {"L_inf": r"$L_\infty$", "L2": "$L_2$", "L1": "$L_1$"}
 PERCENT = "test images (%)"
+MAPS = {"tsne": "t-SNE", "pca": "principal components"}
 TICKS = (0, 1, 5, 10, 25, 50, 100)  # ASR in percent
 
 
@@ -87,11 +89,10 @@ def _drawn(figure: Figure, kind: str, **how: bool) -> bytes:
     return buffer.getvalue()
 
 
-def add_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
-    """One legend below, with the lines of every panel."""
-    found = [panel.get_legend_handles_labels() for panel in panels]
-    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    if handles:
+def add_legend(figure: Figure, columns: int = 3) -> None:
+    """One legend below, with every label of the panels once."""
+    pairs = [pair for panel in figure.axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    if handles := {label: handle for handle, label in pairs}:
         place: Any = "outside lower center"
         figure.legend(handles.values(), handles.keys(), loc=place, ncols=columns, frameon=False, fontsize=8)
 
@@ -113,39 +114,40 @@ def curves(record: Record) -> Figure:
 
 def risks(records: Sequence[Record]) -> Figure:
     """R_adv, R_share, R_bd and ACC against rounds, a panel for each defense that ran with --track_risk."""
-    figure, shown, summaries = _tracked(records)
-    for panel, record, summary in zip(shown, records, summaries, strict=True):
+    figure, shown = _tracked(records)
+    for panel, rows, summary in shown:
         before, search = summary["risk"]["before"], summary["risk"]["search"]
-        _plot(panel, read_metrics(record.path), {**before, "acc": summary["before"]["acc"]}, RISKS)
+        _plot(panel, rows, {**before, "acc": summary["before"]["acc"]}, RISKS)
         ball = f"{NORMS[search['norm']]} radius {search['eps']:g}, {search['steps']} steps"
         panel.set(ylim=(-3, 103), title=f"{panel.get_title()} ({ball})")
-    add_legend(figure, shown)
+    add_legend(figure)
     return figure
 
 
 def types(records: Sequence[Record]) -> Figure:
     """Shares of the three types of adversarial examples of the purified network, stacked, against rounds."""
-    figure, shown, summaries = _tracked(records)
-    for panel, record, summary in zip(shown, records, summaries, strict=True):
-        rows = [{"epoch": 0, **summary["risk"]["before"]}, *(r for r in read_metrics(record.path) if "type1" in r)]
+    figure, shown = _tracked(records)
+    for panel, rows, summary in shown:
+        rows = [{"epoch": 0, **summary["risk"]["before"]}, *(row for row in rows if "type1" in row)]
         bands = panel.stackplot([row["epoch"] for row in rows], [[row[name] for row in rows] for name in TYPES])
         for band, (label, colour, hatch) in zip(bands, TYPES.values(), strict=True):
             band.set(facecolor=colour, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
         panel.set_ylim(0, 100)
-    add_legend(figure, shown)
+    add_legend(figure)
     return figure
 
 
-def _tracked(records: Sequence[Record]) -> tuple[Figure, list[Axes], list[dict[str, Any]]]:
-    """A panel for each defense and the summaries; RecordError for one that did not track risks."""
-    summaries = [record.summary() for record in records]
-    figure, shown = panels(1, len(records), (0.6 + 3.0 * len(records), 2.9), sharey=True)
-    for panel, record, summary in zip(shown, records, summaries, strict=True):
-        if "risk" not in summary:
+def _tracked(records: Sequence[Record]) -> tuple[Figure, list[tuple[Axes, Rows, dict[str, Any]]]]:
+    """For each defense a panel, its metrics and its summary; RecordError for one that did not track risks."""
+    figure, every = panels(1, len(records), (0.6 + 3.0 * len(records), 2.9), sharey=True)
+    found: list[tuple[Axes, Rows, dict[str, Any]]] = []
+    for panel, record in zip(every, records, strict=True):
+        if "risk" not in (summary := record.summary()):
             raise RecordError(f"{record.path} has no risks; run the defense with --track_risk")
-        _label(panel, record, PERCENT if panel is shown[0] else "")
+        _label(panel, record, PERCENT if panel is every[0] else "")
         panel.set_title(marked(record.path.name, summary.get("selection")))
-    return figure, shown, summaries
+        found.append((panel, read_metrics(record.path), summary))
+    return figure, found
 
 
 def _plot(panel: Axes, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], styles: dict[str, Style]) -> None:
@@ -266,22 +268,18 @@ def features(
     x, target = to_float(torch.cat([clean.pixels, bad.pixels])), int(bad.labels.mode().values)
     wanted = clean.labels == target
     figure, shown = panels(1, 2, (7.2, 3.4))
-    axes = {"tsne": "t-SNE", "pca": "principal components"}[method]
+    plane: PCA | TSNE = PCA(2, random_state=0)
+    if method == "tsne":
+        plane = TSNE(2, perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=0)
     for panel, (title, model) in zip(shown, {"backdoored": before, "purified": after}.items(), strict=True):
-        points = _to_plane(last_features(model, x), method)
+        found = last_features(model, x)
+        points = torch.from_numpy(plane.fit_transform((found - found.mean(0)).numpy()))
         panel.scatter(*points[:n][~wanted].T, s=5, color="#bbbbbb", label="clean, other classes")
         panel.scatter(*points[:n][wanted].T, s=8, color=BLUE, label=f"clean, class {target} (target)")
         panel.scatter(*points[n:].T, s=14, color=RED, marker="x", linewidths=0.8, label="triggered")
         for label in clean.labels[~wanted].unique().tolist():
             centre = points[:n][clean.labels == label].median(0).values.tolist()
             panel.annotate(str(label), centre, fontsize=9, weight="bold")
-        panel.set(xticks=[], yticks=[], title=title, xlabel=f"{axes} of the last features (no unit)")
-    add_legend(figure, shown)
+        panel.set(xticks=[], yticks=[], title=title, xlabel=f"{MAPS[method]} of the last features (no unit)")
+    add_legend(figure)
     return figure
-
-
-def _to_plane(points: Tensor, method: str) -> Tensor:
-    perplexity = min(30, (len(points) - 1) / 3)
-    pca, tsne = PCA(2, random_state=0), TSNE(2, perplexity=perplexity, init="pca", random_state=0)
-    centred = (points - points.mean(0)).numpy()
-    return torch.from_numpy((pca if method == "pca" else tsne).fit_transform(centred))

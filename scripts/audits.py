@@ -7,7 +7,6 @@ name in a file of audits; all must be of the same attack.
 STEM.png and STEM.svg are the figure, STEM.md the tables, which are also printed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,19 @@ from sau.files import write
 from sau.tools import Parser
 
 
-def opened(place: Path) -> dict[str, Any]:
-    """The result of one audit; RecordError if there is none."""
-    try:
-        return read(place)
-    except (OSError, ValueError) as error:
-        raise RecordError(f"cannot read {place}: {error}; make it with scripts/audit.py") from None
-
-
 def comparable(found: dict[str, Any]) -> dict[str, Any]:
     """What must be alike: the settings of the audit, those of the attack, and the networks' names."""
     known = {f"{part}.{name}": value for part in ("asked", "about") for name, value in found[part].items()}
     return {**known, "networks": sorted(found["networks"])}
 
 
-def run(given: argparse.Namespace) -> None:
-    """Read, compare, draw, print."""
-    audits = [opened(place) for place in given.audit]
+def main() -> None:
+    """Compare the audits that the command line names."""
+    parser = Parser(__doc__)
+    parser.add_argument("audit", nargs="+", type=Path, help="folders of audits")
+    parser.add_argument("--out", type=Path, required=True, help="path of the results without an ending")
+    given = parser.parse_args()
+    audits = [read(place) for place in given.audit]
     first = comparable(audits[0])
     for place, other in zip(given.audit, map(comparable, audits), strict=True):
         if unlike := sorted(key for key in {**first, **other} if first.get(key) != other.get(key)):
@@ -48,14 +43,6 @@ def run(given: argparse.Namespace) -> None:
     print(text)
     write(given.out.with_name(f"{given.out.name}.md"), f"{text}\n".encode())
     print(*save(draw(audits), given.out), sep="\n")
-
-
-def main() -> None:
-    """Compare the audits that the command line names."""
-    parser = Parser(__doc__)
-    parser.add_argument("audit", nargs="+", type=Path, help="folders of audits")
-    parser.add_argument("--out", type=Path, required=True, help="path of the results without an ending")
-    run(parser.parse_args())
 
 
 if __name__ == "__main__":

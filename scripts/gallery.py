@@ -36,21 +36,13 @@ from sau.util import markdown
 
 @dataclass(frozen=True)
 class Line:
-    """One attack: its images, or why there are none.
-
-    Args:
-        attack: the method.
-        before: clean images, uint8 [N, C, H, W].
-        after: the same with the trigger.
-        found: what `quality` says of all triggered test images.
-        note: where they come from, or what to do.
-    """
+    """One attack: its images, or why there are none."""
 
     attack: type[Attack]
-    before: Tensor | None
-    after: Tensor | None
-    found: dict[str, Any] | None
-    note: str
+    before: Tensor | None  # clean images, uint8 [N, C, H, W]
+    after: Tensor | None  # the same with the trigger
+    found: dict[str, Any] | None  # what `quality` says of all triggered test images
+    note: str  # where they come from, or what to do
 
 
 def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Record] | None:
@@ -93,12 +85,6 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     return Line(attack, before[chosen], triggered.pixels[chosen], found, note)
 
 
-def difference(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
-    """Absolute differences scaled so that the largest is white, and the scale."""
-    change, gain = quality.magnified((after.float() - before.float()) / 255)
-    return (255 * change).round().to(torch.uint8), gain
-
-
 def figures(found: dict[str, Any]) -> str:
     ssim = "" if found["ssim"] is None else f"SSIM {found['ssim']:.3f}\n"
     psnr = "-" if found["psnr"] is None else f"{found['psnr']:.1f} dB"
@@ -128,8 +114,8 @@ def draw(lines: list[Line], columns: int) -> bytes:
         if shown.before is None or shown.after is None or shown.found is None:
             say(0, shown.note, fontsize=8, wrap=True)
             continue
-        change, gain = difference(shown.before, shown.after)
-        for block, images in enumerate((shown.before, shown.after, change)):
+        change, gain = quality.magnified((shown.after.float() - shown.before.float()) / 255)
+        for block, images in enumerate((shown.before, shown.after, (255 * change).round().to(torch.uint8))):
             for axis, pixels in zip(row[block * columns :], images, strict=False):
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
         say(1.1, f"{figures(shown.found)}\n(x{gain:.0f})", row[-1], fontsize=7)

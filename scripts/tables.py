@@ -31,13 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cards
 import cost
 import risks
-from audits import opened
 
 from sau import files
 from sau.audit.runner import CONTROL
-from sau.audit.tables import curves
+from sau.audit.tables import curves, read
 from sau.data.sources import SOURCES
-from sau.errors import ConfigError, RecordError, printable, run_command
+from sau.errors import ConfigError, RecordError, printable, require, run_command
 from sau.report.cells import Section, TableCell, sections
 from sau.report.results import NONE, PERCENT, Result, find_results, mean_std
 from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
@@ -96,18 +95,13 @@ def table(args: argparse.Namespace) -> None:
     """Print attacks against defenses, and one defense against each rival; or write them into a page."""
     found = sections(_read(args.root), args.dataset)
     known = sorted({cell.defense for section in found for cell in section.cells} - {NONE})
-    if args.against is not None and args.against not in known:
-        raise ConfigError(
-            f"--against is {args.against!r}, allowed are the defenses there: {', '.join(known) or 'none'}"
-        )
+    allowed = f"one of the defenses there: {', '.join(known) or 'none'}"
+    require("--against", args.against, args.against in (None, *known), allowed)
     text = "\n".join(_section(section, args.against or "sau", len(found) > 1) for section in found)
     if args.into is None:
         print(text)
         return
-    try:
-        page = files.read(args.into).decode().replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--into {args.into} cannot be read ({error}); name a page of text") from None
+    page = args.into.read_text(encoding="utf-8")
     if not BLOCK.search(page):
         raise ConfigError(f"{args.into} has no <!-- table --> with a <!-- /table --> after it")
     files.write(args.into, BLOCK.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", page, count=1).encode())
@@ -213,7 +207,7 @@ def seeds(args: argparse.Namespace) -> None:
 def clean(args: argparse.Namespace) -> None:
     """Print what a defense leaves beyond a clean network's figures: means over attacks of the means over seeds."""
     found: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))  # network -> attack -> rows
-    audits = [opened(place) for place in args.audits]
+    audits = [read(place) for place in args.audits]
     parts = [("before", ""), ("statistics", ""), ("relearn", "released")]
     for place, audit in zip(args.audits, audits, strict=True):
         acc, asr, racc = (curves([audit], figure) for figure in ("acc", "asr", "racc"))

@@ -375,7 +375,7 @@ def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memo
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     here = Local([CELL, replace(CELL, **needs)], {}, memory, cores=5, memory_gb=10.0)
-    assert here.places == len(seen) and [here.slots.get() for _ in range(here.slots.qsize())] == seen
+    assert here.places == len(seen) and here.devices == seen
 
 
 @pytest.mark.parametrize(("name", "needs", "memory"), [

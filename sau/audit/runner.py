@@ -94,7 +94,6 @@ class Case:
         return min(round(share * len(self.train)), len(self.poisons))
 
     def score(self, model: nn.Module) -> dict[str, Any]:
-        """ACC, ASR and R-ACC."""
         return score(model, self.test, self.triggered).summary()
 
 
@@ -114,7 +113,14 @@ def open_case(
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, notes = attacked.images(dataset_path)
-    networks = {NONE: attacked.model(), **dict(_purified(attacked, name) for name in defenses)}
+    networks = {NONE: attacked.model()}
+    for name in defenses:
+        folder, model = find(place / "defense", name), attacked.model()
+        attack_result.load_weights(model, folder)
+        record = Record(folder)
+        if record.check(light=True).get("attacked") != attacked.digest:
+            raise RecordError(f"{folder} purified another attack than the one that is there now; run the defense again")
+        networks[marked(name, record.summary().get("selection"))] = model
     if control is not None:
         networks[CONTROL] = load_clean(control, train)
         if not measure.connected(networks[NONE], networks[CONTROL]):
@@ -139,16 +145,6 @@ def load_clean(path: Path, images: Images) -> Normalized:
     if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
         raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
     return found.model().requires_grad_(False)
-
-
-def _purified(attacked: attack_result.AttackResult, name: str) -> tuple[str, Normalized]:
-    """A defense, marked where test data chose, and the network that it left."""
-    place = find(attacked.path / "defense", name)
-    model, record = attacked.model(), Record(place)
-    attack_result.load_weights(model, place)
-    if attacked.digest is not None and record.check(light=True).get("attacked") != attacked.digest:
-        raise RecordError(f"{place} purified another attack than the one that is there now; run the defense again")
-    return marked(name, record.summary().get("selection")), model
 
 
 def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:

@@ -10,10 +10,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sau import files
 from sau.audit.runner import CONTROL, RESULT
-from sau.errors import one_line
-from sau.files import parse_json, read_json
-from sau.files import read as read_bytes
+from sau.errors import MALFORMED, RecordError, one_line
 from sau.report.results import NONE, MeanStd
 from sau.util import markdown
 
@@ -41,17 +40,18 @@ COLUMNS = 4
 
 
 def read(place: Path) -> dict[str, Any]:
-    """One audit: of its folder or record, or FILE.jsonl/NAME, the line of a file whose `name` this is.
-
-    Raises OSError, or ValueError if there is none.
-    """
-    if place.parent.is_file():
-        lines = [parse_json(line) for line in read_bytes(place.parent).decode().splitlines()]
-        found = next((line for line in lines if isinstance(line, dict) and line.get("name") == place.name), {})
-    else:
-        found = read_json((place if (place / RESULT).is_file() else place / "audit") / RESULT)
-    if not {"rows", "asked", "about", "networks"} <= found.keys():
-        raise ValueError("it is no result of scripts/audit.py, or no line has the name")
+    """One audit: of its folder or record, or FILE.jsonl/NAME, the line of a file whose `name` this is; RecordError if
+    there is none."""
+    try:
+        if place.parent.is_file():
+            lines = [files.parse_json(line) for line in files.read(place.parent).decode().splitlines()]
+            found: dict[str, Any] = next((line for line in lines if line.get("name") == place.name), {})
+        else:
+            found = files.read_json((place if (place / RESULT).is_file() else place / "audit") / RESULT)
+        if not {"rows", "asked", "about", "networks"} <= found.keys():
+            raise ValueError("it is no result of an audit, or no line has the name")
+    except (OSError, *MALFORMED) as error:
+        raise RecordError(f"cannot read {place}: {error}; make it with scripts/audit.py") from None
     return found
 
 
@@ -144,5 +144,5 @@ def draw(audits: Sequence[Audit]) -> "Figure":
         panel.set(title="existence coefficient", xlabel="BEC (attacked 1, control 0)")
     for panel in every[count:]:
         panel.set_axis_off()
-    add_legend(figure, every[: len(found)][::-1], 6)  # the line of the first panel, for not all draw each
+    add_legend(figure, 6)
     return figure

@@ -8,6 +8,7 @@ that failed tried again.
 """
 
 import argparse
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -94,13 +95,13 @@ def _scores(cell: Cell, store: Store) -> str:
     found = summary.get("after", summary)
     scores = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
     text = f"{', '.join(scores)}; {duration(summary.get('seconds', 0.0))}"
-    if any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc") if kept):
+    if kept and any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc")):
         text += "; warning: it differs from the published result, as on another processor"
     return text
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags; those that the file has, too, beat it."""
+def main(argv: Sequence[str]) -> int:
+    """Run or look; exit status 1 if a cell failed. Flags beat the file."""
     flags = Parser(__doc__, prog="sau grid")
     add = flags.add_argument
     add("file", type=Path, help="the grid, like configs/grid/table1_cpu.yaml")
@@ -115,17 +116,11 @@ def parser() -> argparse.ArgumentParser:
     add("--cores", type=int, help="cores to use, also of a Ray that is started here [all]")
     add("--memory_gb", type=float, help="local: GiB to use [nine tenths of the machine's]")
     add("--address", help="ray: a running cluster, `auto` for the one of this machine [start one here]")
-    return flags
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run or look; exit status 1 if a cell failed."""
     look = list(argv[:1]) == ["status"]
-    given = parser().parse_args(argv[look:])
+    given = flags.parse_args(argv[look:])
     settings = {name: Setting(getattr(given, name), f"--{name}") for name in OF_FILE if getattr(given, name)}
     grid = replace(read(given.file), **values(settings, GRID))
-    place = {"dataset_path": given.dataset_path} if given.dataset_path else {}
-    every = cells([replace(block, **place) for block in grid.blocks])
+    every = cells([replace(block, dataset_path=given.dataset_path or block.dataset_path) for block in grid.blocks])
     every = select(every, given.only) if given.only else every
     kept = [Path(name) for name in given.published or grid.published if name != "none"]
     if given.published and (missing := [file for file in kept if not file.is_file()]):
@@ -151,7 +146,9 @@ def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
     todo = needed(every, store)
     say(f"{len(every)} cells, {len(todo)} to run; {store.root}")
     if todo:
-        how = {"root": store.root, "cache": store.cache, "timeout": grid.cell_timeout}
+        cache = os.environ.get("SAU_CACHE") or store.root / ".grid" / "cache"  # of all cells, on whatever machine
+        cache = os.path.abspath(os.path.expanduser(cache))
+        how = {"root": store.root, "cache": cache, "timeout": grid.cell_timeout}
         if given.engine == "local":
             for dataset, place in dict.fromkeys(cell.data for cell in todo):
                 load(dataset, place)  # refuses missing data, downloads and decodes once for all cells

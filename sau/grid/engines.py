@@ -9,7 +9,6 @@ is when the process that started it is gone. Ray's workers import this module, s
 import importlib
 import math
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from joblib import cpu_count
 
@@ -52,8 +51,7 @@ class Cell:
         return str(root / ".grid" / "logs" / self.folder.replace("/", "__"))
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Why a try ended without a result, and whether another try may help."""
 
     reason: str
@@ -68,8 +66,8 @@ def run_cell(
     threads = {f"{library}_NUM_THREADS": str(cell.threads) for library in ("OMP", "MKL", "OPENBLAS")}
     env = {**os.environ, **threads, "PYTHONPATH": PYTHONPATH, "SAU_CACHE": cache}
     env |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    program = [sys.executable, "-P", "-m", "sau.grid.engines"]
-    argv, log = [*program, cell.kind, cell.name, f"--record_root={root}", *cell.flags], cell.log(root)
+    argv = [sys.executable, "-P", "-m", "sau.grid.engines", cell.kind, cell.name, f"--record_root={root}", *cell.flags]
+    log = cell.log(root)
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log + ".out", "ab") as out, open(log + ".err", "ab+") as err:
         before, end = err.seek(0, os.SEEK_END), time.monotonic() + (timeout or math.inf)
@@ -81,7 +79,11 @@ def run_cell(
                     return Outcome(f"no end after {timeout:g} s (cell_timeout)")
                 time.sleep(0.1)
         finally:
-            _stop(process)
+            process.terminate()  # does nothing where it has ended
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            process.kill()
+            process.communicate()
         err.seek(before)
         lines = err.read().decode(errors="replace").strip().splitlines()
     status, last = process.returncode, one_line(lines[-1].removeprefix("error: ")) if lines else ""
@@ -89,15 +91,6 @@ def run_cell(
         memory = ", perhaps for want of memory" if status == -signal.SIGKILL else ""
         return Outcome(f"killed by signal {-status} ({signal.strsignal(-status)}){memory}")
     return Outcome(last or f"exit status {status}", again=status != 2)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the process to leave, and kill it if it does not."""
-    process.terminate()  # does nothing where it has ended
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    process.kill()
-    process.communicate()
 
 
 class Local:
@@ -110,31 +103,26 @@ class Local:
     ) -> None:
         memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
         require("memory_gb", memory, needs_gb <= memory < math.inf, f"{needs_gb:g}, which a cell needs, and more")
-        threads = max(cell.threads for cell in cells)
+        threads, share = max(cell.threads for cell in cells), max(cell.gpus for cell in cells)
         places = min(check_cores(cores) // threads, int(memory / needs_gb))
         require("threads", threads, places > 0, "what this machine has")
-        share = max(cell.gpus for cell in cells)
-        devices = (list(visible_gpus()) * int(1 / share))[:places] if share else [None] * places
-        require("device", "cuda", len(devices) > 0, "cpu, for this machine has no GPU")
-        self.places: float = len(devices)
-        self.pool, self.how, self.stopping = ThreadPoolExecutor(len(devices)), how, Event()
-        self.slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # the device that each cell may see
-        for device in devices:
-            self.slots.put(device)
+        self.devices: list[str | None] = (visible_gpus() * int(1 / share))[:places] if share else [None] * places
+        require("device", "cuda", len(self.devices) > 0, "cpu, for this machine has no GPU")
+        self.places: float = len(self.devices)
+        self.pool, self.how, self.stopping = ThreadPoolExecutor(len(self.devices)), how, Event()
 
     def submit(self, cell: Cell) -> Future[Outcome]:
         """Start a cell, or put it behind those that run."""
         return self.pool.submit(self._run, cell)
 
     def _run(self, cell: Cell) -> Outcome:
-        device = self.slots.get()
+        device = self.devices.pop(0)  # there is one: the pool has no more threads than devices
         try:
             return run_cell(cell, **self.how, gpu=device, stop=self.stopping)
         finally:
-            self.slots.put(device)
+            self.devices.append(device)
 
     def stop(self) -> None:
-        """Stop what runs."""
         self.stopping.set()
         self.pool.shutdown(cancel_futures=True)
 
@@ -155,12 +143,12 @@ def check_cores(cores: int | None) -> int:
     return cores or most
 
 
-def visible_gpus() -> Sequence[str | None]:
+def visible_gpus() -> list[str | None]:
     """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES has for them."""
     import torch
 
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return names or [str(number) for number in range(torch.cuda.device_count())]
+    return [*(names or map(str, range(torch.cuda.device_count())))]
 
 
 class RayEngine:

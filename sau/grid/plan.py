@@ -124,7 +124,8 @@ def _part(content: Any, origin: str, known: Mapping[str, Option]) -> Part:
         methods = [(kind, name) for kind in METHODS for name in METHODS[kind] if group in (kind, name)]
         if not methods:
             raise ConfigError(f"{where}: unknown method{nearest(group, [*METHODS, *ATTACKS, *DEFENSES])}")
-        own = settings_of(settings, where, {name: one for each in methods for name, one in _options(*each).items()})
+        allowed = {name: option for each in methods for name, option in _request(*each).known.items()}
+        own = settings_of(settings, where, allowed)
         found |= {f"overrides.{group}.{name}": setting for name, setting in own.items()}
     return found
 
@@ -158,7 +159,7 @@ def _crossed(block: Block) -> Iterator[Cell]:
     """Seed by seed, attack by attack, each followed by its defenses."""
     settle = cache(partial(_settle, block))
     for seed, name in product(block.seeds, block.attacks):
-        for ratio in (block.ratios or (None,)) if "pratio" in _options("attack", name) else (None,):
+        for ratio in (block.ratios or (None,)) if "pratio" in _request("attack", name).known else (None,):
             attack = _cell(block, "attack", name, settle("attack", name, ratio), seed)
             yield attack
             for defense in block.defenses:
@@ -186,7 +187,7 @@ def _cell(
 def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[str, str, tuple[str, ...]]:
     """Label, digest of the settings and flags of a method, but for seed and attack."""
     axis, letter = ("pratio", "r") if kind == "attack" else ("ratio", "c")  # poisoning ratio, clean share
-    known = _options(kind, name)
+    known = _request(kind, name).known
     settings: dict[str, Any] = {key: getattr(block, key) for key in ("recipe", "device", "amp", "threads")}
     settings["dataset_path"] = str(Path(block.dataset_path).absolute())  # a worker elsewhere starts in another folder
     settings |= {"dataset": block.dataset} if kind == "attack" else {}
@@ -225,13 +226,8 @@ def _identity(sections: Sequence[Any], run: AttackRun | DefenseRun, block: Block
     return {**settings, **facts, **where, **machine, **more}
 
 
-def _request(kind: str, name: str, flags: Sequence[str]) -> Settings:
-    """A method's command line on its way to objects."""
+@cache
+def _request(kind: str, name: str, flags: tuple[str, ...] = ()) -> Settings:
+    """A method's command line on its way to objects; `known` has its settings by name."""
     method, asked = METHODS[kind][name], (AttackRun, Training) if kind == "attack" else (DefenseRun,)
     return Settings(f"{kind}/{name}.py", method, (*asked, method), flags)
-
-
-@cache
-def _options(kind: str, name: str) -> dict[str, Option]:
-    """The settings of a method, by name."""
-    return _request(kind, name, ()).known

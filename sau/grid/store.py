@@ -1,7 +1,6 @@
 """What is on disk of a grid's cells: their folders, and the results that are kept of them."""
 
 import json
-import os
 import re
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
@@ -57,16 +56,9 @@ class Store:
         self.kept = ChainMap(*(load(file) for file in published if file.exists()))
 
     def folder(self, cell: Cell) -> Path:
-        """The result folder of a cell."""
         return self.root / cell.folder
 
-    @property
-    def cache(self) -> str:
-        """Folder of trained triggers and decoded images, which all cells share, also those on other machines."""
-        return os.path.abspath(os.path.expanduser(os.environ.get("SAU_CACHE") or self.root / ".grid" / "cache"))
-
     def finished(self, cell: Cell) -> bool:
-        """Whether the cell's record lies here."""
         return Record(self.folder(cell)).finished
 
     def state(self, cell: Cell) -> str:

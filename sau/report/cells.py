@@ -156,19 +156,15 @@ def _labels(runs: Mapping[Path, Run]) -> dict[Path, str]:
 
 def _ranked(attack: tuple[str, str], defenses: dict[Variant, list[Result]]) -> list[TableCell]:
     """The cells of one attack in order, with ranks: neither for oracles nor where the attack did not take."""
-    dead = _dead([result for results in defenses.values() for result in results])
+    every = [result for results in defenses.values() for result in results]
+    count = len({result.attack_path for result in every})
+    missed = {result.attack_path: result.missed_gate for result in every if result.missed_gate is not None}
+    dead = f"ASR below {max(missed.values()):g} on {len(missed)} of {count} networks" if missed else ""
     cells = [TableCell(*attack, name, own, tuple(results), dead) for (name, own, _), results in defenses.items()]
     merits = sorted({cell.merit for cell in cells if cell.competes})[:2]
     cells = [replace(cell, rank=merits.index(cell.merit) + 1) if cell.competes and cell.merit in merits else cell
              for cell in cells]  # fmt: skip
     return sorted(cells, key=lambda cell: (cell.defense != NONE, cell.merit, cell.defense, cell.label))
-
-
-def _dead(results: list[Result]) -> str:
-    """On how many networks an attack missed its gate, by its own summaries or those of its defenses."""
-    missed = {result.attack_path: result.missed_gate for result in results if result.missed_gate is not None}
-    count = len({result.attack_path for result in results})
-    return f"ASR below {max(missed.values()):g} on {len(missed)} of {count} networks" if missed else ""
 
 
 def _text(value: Any) -> str:

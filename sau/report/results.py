@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ class Result:
     settings: dict[str, Any] | None = None  # of the defense; None for `none`
     name: str = ""  # the folder below the root, like badnet_s0/defense/sau
     figures: dict[str, float | None] = field(default_factory=dict)  # of PERCENT, COST and BEFORE; None if not measured
+    missed_gate: float | None = None  # ASR in percent that the attack had to reach; None if it did or had no gate
     summary: dict[str, Any] = field(default_factory=dict)  # `summary.json`
     config: dict[str, Any] = field(default_factory=dict)  # `config.yaml`; empty if a summary alone was kept
 
@@ -44,14 +44,7 @@ class Result:
 
     @property
     def attack_path(self) -> Path:
-        """The folder of the attack."""
         return self.path if self.defense == NONE else self.path.parents[1]
-
-    @property
-    def missed_gate(self) -> float | None:
-        """The ASR in percent that the attack had to reach and did not; None if it did or no gate is recorded."""
-        found = gate(self.summary, self.path)
-        return None if found is None or found["passed"] else float(found["asr"])
 
     @property
     def acc_lost(self) -> float | None:
@@ -68,7 +61,6 @@ class MeanStd:
 
     @property
     def mean(self) -> float:
-        """Arithmetic mean."""
         return statistics.mean(self.values)
 
     @property
@@ -138,35 +130,32 @@ def _read(folder: Path, name: str, attack: Result | None, summary: dict[str, Any
     config: dict[str, Any] = {}
     if summary is None:
         record = Record(folder)
-        config, summary = _checked(record, attack), record.summary()
-    gate(summary, folder)
+        config = record.check(light=True)
+        if run_kind(config) == OWN:
+            raise RecordError("a purified network of your own, which has a page of its own: sau report FOLDER")
+        if attack is None and "defense" in config["identity"]:
+            raise RecordError("a defense without its attack; name the folder of the attack or one above it")
+        if attack and attack.config.get("digest") not in (None, config.get("attacked")):
+            raise RecordError("it purified another attack than the one that is here now")
+        summary = record.summary()
+    gated, data = gate(summary, folder), config.get("data") or {}
     identity, run, named = config.get("identity", {}), config.get("run") or {}, parse_name(folder.name)
     settings = {str(key): value for key, value in identity.items() if key not in SEED_KEYS}
     if settings:
         settings |= {"amp": config.get("amp"), **({key: run.get(key) for key in ("ratio", "index")} if attack else {})}
     elif named.amount is not None:
         settings = {"ratio" if attack else "pratio": named.amount}
-    known: dict[str, Any] = {"name": name, "figures": _figures(summary, bool(attack)), "summary": summary}
-    known |= {"config": config, "dataset": (config.get("data") or {}).get("dataset")}
-    if attack is None:
-        method, seed = str(identity.get("attack", named.method)), identity.get("random_seed", named.seed)
-        return Result(folder, method, NONE, seed, attack_settings=settings or None, **known)
-    method = str(identity.get("defense", named.method if named.seed is None else folder.name))  # which has no seed
-    known |= {"seed": identity.get("random_seed", attack.seed), "settings": settings or None}
-    known |= {"dataset": attack.dataset or known["dataset"], "attack_settings": attack.attack_settings}
-    return Result(folder, attack.attack, method, **known)
-
-
-def _checked(record: Record, attack: Result | None) -> dict[str, Any]:
-    """The configuration of a whole folder; RecordError for one that does not count, or of another attack."""
-    config = record.check(light=True)
-    if run_kind(config) == OWN:
-        raise RecordError("a purified network of your own, which has a page of its own: sau report FOLDER")
-    if attack is None and "defense" in config["identity"]:
-        raise RecordError("a defense without its attack; name the folder of the attack or one above it")
-    if attack and attack.config.get("digest") not in (None, config.get("attacked")):
-        raise RecordError("it purified another attack than the one that is here now")
-    return config
+    defense = named.method if named.seed is None else folder.name  # a defense's folder says no seed
+    return Result(
+        path=folder, name=name, config=config, summary=summary, figures=_figures(summary, bool(attack)),
+        attack=attack.attack if attack else str(identity.get("attack", named.method)),
+        defense=str(identity.get("defense", defense)) if attack else NONE,
+        seed=identity.get("random_seed", attack.seed if attack else named.seed),
+        dataset=attack and attack.dataset or data.get("dataset"),
+        attack_settings=attack.attack_settings if attack else settings or None,
+        settings=settings or None if attack else None,
+        missed_gate=float(gated["asr"]) if gated and not gated["passed"] else None,
+    )  # fmt: skip
 
 
 def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
@@ -186,13 +175,8 @@ def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl`, of a method with several stages those of its last one, up to the first line that is
-    no row, which a killed run may leave."""
-    rows: list[dict[str, float]] = []
-    content = read(folder / METRICS) if (folder / METRICS).is_file() else b""
-    with suppress(ValueError, AttributeError, KeyError):
-        for line in content.decode(errors="replace").splitlines():
-            row = {str(key): float(value) for key, value in parse_json(line).items() if is_number(value)}
-            rows.append({"stage": 0.0, "epoch": row["epoch"], **row})
-    last = max((row["stage"] for row in rows), default=0.0)
-    return [row for row in rows if row["stage"] == last]
+    """The rows of `metrics.jsonl` in a checked folder, of a method with several stages those of its last one."""
+    lines = read(folder / METRICS).splitlines() if (folder / METRICS).is_file() else []
+    rows = [{key: float(value) for key, value in parse_json(line).items() if is_number(value)} for line in lines]
+    last = max((row.get("stage", 0.0) for row in rows), default=0.0)
+    return [row for row in rows if row.get("stage", 0.0) == last]
