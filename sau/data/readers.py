@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sau.compat.torch_file import ALLOWED
-from sau.data.decode import Preparation, cached, decode, image_to_tensor
+from sau.data.decode import Preparation, cached, image_to_tensor, read_image
 from sau.data.images import Images
 from sau.errors import DataError, first_line
 
@@ -194,17 +195,24 @@ def _samples(root: Path, classes: Sequence[str], suffix: str = "") -> Samples:
 
 def read_images(title: str, root: Path, samples: Samples, size: int | Preparation, classes: int) -> Images:
     """The images of a split, from the cache or decoded with a progress bar."""
-    how = size
-    if isinstance(how, int):
-        how = Preparation(how, partial(image_to_tensor, height=how, width=how), str(how))
-    key = [title, how.text]
+    if isinstance(size, int):
+        size = Preparation(size, partial(image_to_tensor, height=size, width=size), str(size))
+    side, apply, text = size
+    key = [title, text]
     for path, _ in samples:
         try:
             status = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error.strerror}") from None
         key.append(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}")
-    pixels = cached(key, lambda: {"pixels": decode([path for path, _ in samples], how, title)})["pixels"]
+
+    def decode() -> dict[str, Tensor]:
+        pixels = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
+        for slot, (path, _) in zip(pixels, tqdm(samples, title, unit="image", disable=None, leave=False), strict=True):
+            slot.copy_(apply(read_image(path)))  # whole numbers, so the conversion is exact
+        return {"pixels": pixels}
+
+    pixels = cached(key, decode)["pixels"]
     return Images.clean(pixels, torch.tensor([label for _, label in samples], dtype=torch.int64), classes)
 
 
