@@ -292,7 +292,7 @@ BAD: list[tuple[str, Any, str]] = [  # what is wrong, data, what the refusal nam
     ("a little above 1", (spoiled(1.01), y), "1.01"),
     ("a NaN pixel in a loader", triples(spoiled(float("nan")), y), "nan"),
     ("whole numbers as pixels", ((x * 255).long(), y), "int64"),
-    ("double precision", (x.double(), y), "images.float()"),
+    ("double precision", (x.double(), y), "torch.float64"),
     ("labels too high in a loader", triples(x, y + 1), "4 classes"),
     ("labels below 0", (x, y - 1), "-1"),
     ("labels as floats", (x, y.float()), "whole numbers"),

@@ -80,7 +80,7 @@ def to_device_async(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2. Bytes stay bytes."""
+    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; in any dtype."""
 
     padding: int = param(4, "pixels added on every side before the crop", ge=0)
     flip: bool = param(False, "whether images are mirrored")
@@ -153,8 +153,7 @@ class Batches:
 
 
 def clean_batches(data: Any, size: int, device: torch.device, stats: Statistics, seed: int) -> Batched:
-    """Batches of (pixels in [0, 1], labels) from a pair of tensors or a loader. DataError for what is none,
-    and, when a loader is walked through, for batches that are not (see `checked`)."""
+    """Batches of (pixels in [0, 1], labels) from a pair of tensors or a loader; DataError where `checked` refuses."""
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], stats)
         check_normalised(float(data[0].min()), float(data[0].max()), stats)

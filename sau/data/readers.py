@@ -71,8 +71,8 @@ def _download(root: Path, official: Any) -> Path:
     try:
         download_and_extract_archive(official.url, str(root), filename=official.filename, md5=official.tgz_md5)
     except (OSError, RuntimeError) as error:
-        failed = f"no {official.base_folder} under {place} and the download failed ({first_line(error)})"
-        raise DataError(f"{failed}; correct --dataset_path, or try --dataset digits, which needs no files") from None
+        advice = "correct --dataset_path, or try --dataset digits, which needs no files"
+        raise DataError(f"{root} cannot be downloaded ({first_line(error)}); {advice}") from None
     return root / official.base_folder
 
 
@@ -87,16 +87,16 @@ class _Unpickler(pickle.Unpickler):
 
 def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [N, 3, 32, 32] and labels of one file; with fewer than `count` images it may have another MD5."""
-    key, advice = "labels" if classes == 10 else "fine_labels", "delete the CIFAR files there to download them again"
+    advice = "delete the CIFAR files there to download them again"
     try:
         raw = path.read_bytes()
         batch = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         pixels = torch.tensor(batch["data"].values.reshape(-1, 3, 32, 32))
-        labels = torch.tensor(getattr(batch[key], "values", batch[key]))
+        numbers = batch["labels" if classes == 10 else "fine_labels"]
+        labels = torch.tensor(getattr(numbers, "values", numbers))
         Images.clean(pixels, labels, classes)  # checks types, lengths and the range of labels
     except Exception as error:  # damaged pickles raise a dozen types
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{path} is missing or no CIFAR file with {key!r} ({reason}); {advice}") from None
+        raise DataError(f"{path} is no CIFAR file ({type(error).__name__}: {first_line(error)}); {advice}") from None
     if len(pixels) >= count and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
         raise DataError(f"{path} is no subset, and its MD5 is not the official one; {advice}")
     return pixels, labels
@@ -134,9 +134,8 @@ def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
         listed.sort(key=lambda sample: sample[::-1])
     else:
         listed = _samples(val, ids, ".jpeg")
-    first = _samples(train, ids, ".jpeg")
-    test = read_images("tiny test", val, listed, size, len(ids))
-    return read_images("tiny train", train, first, size, len(ids)), test
+    images = read_images("tiny train", train, _samples(train, ids, ".jpeg"), size, len(ids))
+    return images, read_images("tiny test", val, listed, size, len(ids))
 
 
 def folder(root: Path, size: int = 32) -> tuple[Images, Images]:

@@ -114,22 +114,17 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
     published lists, or the indices of a file."""
     n = len(images)
     if index_file is not None:
-        picked = _read_indices(Path(index_file), n)
+        lines, allowed = " ".join(readers.read_lines(Path(index_file))).split(), {str(i): i for i in range(n)}
+        picked = [allowed.pop(line, -1) for line in lines]
+        if -1 in picked:
+            wrong = lines[picked.index(-1)][:40]
+            raise DataError(f"{index_file} holds {wrong!r}; allowed are whole numbers 0..{n - 1}, each once")
     else:
         require("ratio (clean share)", ratio, 0 < ratio <= 1, "above 0 and up to 1")
         picked = random.Random(seed).sample(range(n), int(ratio * n))
     if not picked:
         raise DataError(f"the clean set is empty: --ratio {ratio} of {n} images, --index {index_file}; give more")
     return images[torch.tensor(picked, device=images.labels.device)]
-
-
-def _read_indices(path: Path, n: int) -> list[int]:
-    lines, allowed = " ".join(readers.read_lines(path)).split(), {str(index): index for index in range(n)}
-    picked = [allowed.pop(line, -1) for line in lines]
-    if -1 in picked:
-        wrong = lines[picked.index(-1)][:40]
-        raise DataError(f"{path} holds {wrong!r}; allowed are whole numbers 0..{n - 1}, one a line, each once")
-    return picked
 
 
 def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[str]:

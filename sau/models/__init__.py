@@ -99,8 +99,12 @@ def build(
     if width is not None and (width < 1 or name not in MODELS):
         raise ConfigError(f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, none for other networks")
     net = unwrapped(name, num_classes, width)
-    if name not in MODELS and not _accepts(net, shape):
-        net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
+    if name not in MODELS:
+        try:
+            with torch.no_grad(), eval_mode(net):
+                net(torch.zeros(1, *shape))
+        except (RuntimeError, AssertionError, ValueError):
+            net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
     return Normalized(to_channels_last(net), mean, std, amp)
 
 
@@ -117,15 +121,6 @@ def torchvision_names() -> list[str]:
     from torchvision import models
 
     return list(models.list_models(module=models))
-
-
-def _accepts(net: nn.Module, shape: Sequence[int]) -> bool:
-    try:
-        with torch.no_grad(), eval_mode(net):
-            net(torch.zeros(1, *shape))
-    except (RuntimeError, AssertionError, ValueError):
-        return False
-    return True
 
 
 def state_dict_spec(make: Callable[[], nn.Module]) -> dict[str, Tensor]:
