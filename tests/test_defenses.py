@@ -359,7 +359,7 @@ NETWORKS: list[tuple[str, type[SauError], str, Callable[[], Any]]] = [
     ("NaN", TrainingError, "linear.weight", lambda: changed(broken)),
     ("softmax", ConfigError, "probabilities", lambda: Shaped(lambda z: z.softmax(1))),
     ("no gradients", ConfigError, "weights", lambda: Shaped(lambda z: z.detach())),
-    ("other channels", DataError, "(8, 3, 16, 16)", lambda: tiny_net(channels=1)),
+    ("other channels", DataError, "3x16x16", lambda: tiny_net(channels=1)),
     ("a vector", DataError, "logits", lambda: Shaped(lambda z: z[:, 0])),
     ("a pair", DataError, "tuple", lambda: Shaped(lambda z: (z, z))),
     ("fewer", DataError, "logits", lambda: Shaped(lambda z: z[1:])),

@@ -43,7 +43,8 @@ class Weights:
         RecordError if there are several. What lies beside it, like an optimiser's tensors, does not matter."""
         fitting = [start for start in self.starts(next(iter(own))) if _shapes(self.below(start)) == _shapes(own)]
         if len(fitting) > 1:
-            raise RecordError(f"{self.path} holds it under {[s[:50] for s in fitting[:3]]!a}; name a --model_prefix")
+            under = [prefix[:50] for prefix in fitting[:3]]
+            raise RecordError(f"{self.path} holds the network under {under!a}; name one with --model_prefix")
         return fitting[0] if fitting else None
 
     def starts(self, name: str) -> list[str]:

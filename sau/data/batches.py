@@ -189,15 +189,14 @@ def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
 
 
 def check_normalised(low: float, high: float, stats: Statistics) -> None:
-    """DataError if images that are to be normalised, whose values range from `low` to `high`, are not.
+    """DataError if images that are to be normalised, with values from `low` to `high`, are not.
 
     Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
     Where they do, although black would lie below, the images were in [0, 1], and undoing changed them.
     """
     mean, std = stats
-    if mean is None or std is None or not -OVERSHOOT < low <= high < 1 + OVERSHOOT:
-        return
-    if all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
+    inside = -OVERSHOOT < low <= high < 1 + OVERSHOOT
+    if inside and mean and std and all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
         advice = "leave mean and std out, or give Normalized(model, mean, std) if the network expects it"
         raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], so they are not normalised; {advice}")
 

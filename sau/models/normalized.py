@@ -184,12 +184,10 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     """Inside, each layer calls its hook (layer, inputs, output) after its forward pass."""
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
-    try:
+    with ExitStack() as stack:
+        for layer, hook in hooks:
+            stack.enter_context(layer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def classifier(model: nn.Module, x: Tensor, method: str, instead: str = "ft or sau") -> nn.Linear:
