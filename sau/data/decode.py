@@ -21,7 +21,6 @@ from torch import Tensor
 from sau.errors import DataError, SauError, first_line
 from sau.files import write
 
-FORMATS = "PNG", "JPEG", "WEBP", "BMP", "PPM"
 _VERSION = 2  # of the cache and of the decoding; a change decodes everything anew
 
 
@@ -40,7 +39,7 @@ def read_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "PPM")) as image:
                 if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
                     raise ValueError(f"its mode is {image.mode}; allowed is an 8-bit image in colour or gray")
                 return image.convert("RGB")
@@ -79,10 +78,9 @@ def cached(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
 
-    `key_parts` are texts that determine the result; for image files: paths, sizes in bytes and modification times. Of
-    several processes that want the same tensors one makes them. A damaged file is made again, and a folder that cannot
-    be written costs the cache, not the run; `say` prints a line that names `what` it is. The tensors are memory-mapped;
-    writing into them changes neither the file nor what others see.
+    `key_parts` determine the result. Of several processes that want the same tensors one makes them. A damaged file is
+    made again, and a folder that cannot be written costs the cache, not the run; `say` prints a line that names `what`
+    it is. The tensors are memory-mapped; writing into them changes neither the file nor what others see.
     """
     with ExitStack() as stack:
         try:

@@ -1,7 +1,4 @@
-"""The files of each data set: CIFAR, GTSRB, Tiny ImageNet, and anybody's folders of images.
-
-Every reader raises DataError if a file is missing or damaged.
-"""
+"""Readers of CIFAR, GTSRB, Tiny ImageNet and anybody's folders of images; DataError for a missing or damaged file."""
 
 import csv
 import hashlib
