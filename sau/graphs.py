@@ -29,13 +29,8 @@ class MicroBatchedStep:
     rounding where each image's loss is its own. Batch norm in train mode sees one micro-batch at a time, and its
     running statistics count the images of the failed attempt, too.
 
-    Args:
-        step: (state, x, y) -> what to report.
-        state: of the step, with its `model` and its `descent`.
-        session: prints a line and notes the number of micro-batches in the record.
-        supports_microbatch: whether the step makes one update, from a mean over its images; see `Method`.
-        graph_safe: whether the step may be replayed as a CUDA graph; see `Method`.
-        compose: (state, x, y) -> the batch of the step; for random sampling, which a replay would not repeat.
+    `state` is that of the step, with its `model` and its `descent`. `compose` makes the batch of the step: it does the
+    random sampling, which a replay would not repeat. For `supports_microbatch` and `graph_safe` see `Method`.
     """
 
     def __init__(
@@ -58,21 +53,15 @@ class MicroBatchedStep:
             # Outside the except block, so that the tensors of the failed attempt are freed.
             if self.graphed.graphs:
                 self.graphed.disable("its memory is needed")
+            elif not self.supports_microbatch or self.parts >= len(y):
+                raise OutOfMemory(f"out of memory with {-(-len(y) // self.parts)} images; try a smaller --batch_size")
             else:
-                self._double_parts(len(y))
+                self.parts *= 2
+                how = f"{self.parts} parts from now on, each of which batch norm in train mode normalises on its own"
+                self.session.say(f"out of memory: batches of {len(y)} are split into {how}")
+                self.session.note(parts=self.parts)
             if x.is_cuda:
                 torch.cuda.empty_cache()
-
-    def _double_parts(self, size: int) -> None:
-        if not self.supports_microbatch or self.parts >= size:
-            images = -(-size // self.parts)
-            raise OutOfMemory(f"out of memory with {images} images; try a smaller --batch_size")
-        self.parts *= 2
-        self.session.say(
-            f"out of memory: batches of {size} are split into {self.parts} parts from now on; the updates are the "
-            "same, but batch norm in train mode normalises each part on its own"
-        )
-        self.session.note(parts=self.parts)
 
     def _in_parts(self, x: Tensor, y: Tensor) -> Report:
         n = min(self.parts, len(y))
@@ -94,12 +83,16 @@ class GraphedStep:
 
     A CUDA graph replays kernels only. A step is therefore not captured if it draws random numbers on the CPU, waits for
     the device (CUDA refuses that), moves a `Descent` more than once, has an optimiser that is not fused or keeps its
-    gradients, or a network that does not allow it (`Normalized.graph_safe`). `enabled` says whether steps may be
-    captured; it becomes False where one cannot be.
+    gradients, or a network that does not allow it (`Normalized.graph_safe`).
     """
 
     def __init__(self, step: Step, state: dict[str, Any], session: RunContext, *, enabled: bool) -> None:
-        self.step, self.state, self.session, self.enabled = step, state, session, enabled
+        self.session = session
+        self.step = lambda x, y: {name: value.detach() for name, value in step(state, x, y).items()}
+        self.descents = [thing for thing in state.values() if isinstance(thing, Descent)]
+        networks = [getattr(thing, "__self__", thing) for thing in state.values()]  # or the method of one
+        steady = bool(self.descents) and all(one.fused and not one.keeps for one in self.descents)
+        self.enabled = enabled and steady and all(getattr(network, "graph_safe", True) for network in networks)
         # By the shape of a batch: memory for its images, its labels and its report, and what replays the graph.
         self.graphs: dict[tuple[Any, ...], tuple[Tensor, Tensor, Report, Callable[[], None]]] = {}
 
@@ -107,15 +100,15 @@ class GraphedStep:
         """One update; what is reported holds until the next one."""
         known = (x.shape, y.shape) in self.graphs
         full = len(self.graphs) == MAX_GRAPHS and not known
-        if full or not (self.enabled and has_graphs(x.device) and self._is_safe()):
-            return self.step(self.state, x, y)
+        if full or not (self.enabled and has_graphs(x.device)):
+            return self.step(x, y)
         if known:
             return self._replay(x, y)
-        moves, rng = [one.moves for one in self._descents()], _cpu_rng_state()
-        report = self._detached(x, y)
+        moves, rng = [one.moves for one in self.descents], _cpu_rng_state()
+        report = self.step(x, y)
         if _cpu_rng_state() != rng:
             self.disable("it draws random numbers on the CPU")
-        elif [one.moves for one in self._descents()] != [before + 1 for before in moves]:
+        elif [one.moves for one in self.descents] != [before + 1 for before in moves]:
             self.disable("it updates the weights more than once")
         else:
             self._capture(x.clone(), y.clone())
@@ -128,24 +121,12 @@ class GraphedStep:
         self.session.note(captured=False)
         self.session.say(f"note: the training step is not replayed as a CUDA graph: {reason}")
 
-    def _is_safe(self) -> bool:
-        networks = [getattr(thing, "__self__", thing) for thing in self.state.values()]  # or the method of one
-        descents = self._descents()
-        steady = bool(descents) and all(one.fused and not one.keeps for one in descents)
-        return steady and all(getattr(network, "graph_safe", True) for network in networks)
-
-    def _descents(self) -> list[Descent]:
-        return [thing for thing in self.state.values() if isinstance(thing, Descent)]
-
-    def _detached(self, x: Tensor, y: Tensor) -> Report:
-        return {name: value.detach() for name, value in self.step(self.state, x, y).items()}
-
     def _capture(self, x: Tensor, y: Tensor) -> None:
         try:
             with ExitStack() as stack:
-                for descent in self._descents():
+                for descent in self.descents:
                     stack.enter_context(descent.capturing())
-                report, replay = capture(lambda: self._detached(x, y))
+                report, replay = capture(lambda: self.step(x, y))
         except RuntimeError as error:  # out of memory is one, too
             self.disable(first_line(error.__context__ or error))  # what broke a capture says more than its end
             return
@@ -158,10 +139,10 @@ class GraphedStep:
         images, labels, report, replay = self.graphs[x.shape, y.shape]
         images.copy_(x)
         labels.copy_(y)
-        for descent in self._descents():
+        for descent in self.descents:
             descent.refresh()
         replay()
-        for descent in self._descents():
+        for descent in self.descents:
             descent.advance()
         return report
 

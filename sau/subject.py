@@ -22,7 +22,7 @@ from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError
 from sau.files import existing, safe_join
 from sau.models import Normalized
-from sau.models.normalized import check_logits, to_channels_last, translate_errors
+from sau.models.normalized import check_logits, logits_of, to_channels_last
 from sau.record import attack_result
 from sau.record.attack_result import AttackResult
 from sau.run import DefenseRun, OwnRun, Run
@@ -168,10 +168,11 @@ def split(images: Images, share: float) -> tuple[Images, Images]:
 
 def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
     """ConfigError where the network does not answer with a finite logit for each class folder."""
-    what = f"the network does not accept images of {'x'.join(map(str, images.pixels.shape[1:]))}"
-    advice = "give its own size with --input_size"
-    with translate_errors(lambda reason: ConfigError(f"{what}: {reason}; {advice}")), torch.no_grad():
-        logits = model(to_float(images.pixels[:8]))
+    try:
+        with torch.no_grad():
+            logits = logits_of(model, to_float(images.pixels[:8]))
+    except DataError as error:
+        raise ConfigError(f"{error}; --input_size sets the size of the images") from None
     if logits.shape[-1] != images.num_classes:
         got = f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes"
         raise ConfigError(f"{got}; give a folder for each, named by its number (0, 1, 2, ...) or in the same order")

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from toys import refuses
 
-from sau.data import decode, readers
+from sau.data import readers
 from sau.data.decode import read_image
 from sau.data.images import Images
 from sau.data.readers import cifar, class_folders, folder, gtsrb, image_folder, tiny
@@ -366,7 +366,7 @@ def blind(monkeypatch) -> Callable[[], None]:
     def fail(path):
         raise AssertionError(f"{path} was decoded again")
 
-    return lambda: monkeypatch.setattr(decode, "read_image", fail)
+    return lambda: monkeypatch.setattr(readers, "read_image", fail)
 
 
 def test_the_second_start_decodes_nothing(tmp_path, blind, capsys, own_cache):

@@ -159,8 +159,7 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
         raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
     origin, size = source(dataset), source(dataset).size
     published = {"shape": [3, size, size], "mean": list(origin.mean), "std": list(origin.std)}
-    known = network["name"] in NETWORKS and network["width"] in (None, 64)
-    if not (known and published.items() <= network.items()):
+    if not (network["name"] in NETWORKS and network["width"] in (None, 64) and published.items() <= network.items()):
         theirs = f"BackdoorBench has {' or '.join(NETWORKS)} of width 64 and {published} for {dataset}"
         raise RecordError(f"the network is {network}; {theirs}")
     train, poisoned, triggered, n_test = exported_images(record, data)

@@ -1,7 +1,5 @@
 """Networks of timm, transformers and open_clip, opened from the folders that these libraries write, and saved as they
-came.
-
-Nothing is downloaded, no pickle is opened, and no code of a folder runs.
+came. Nothing is downloaded, no pickle is opened, and no code of a folder runs.
 """
 
 import hashlib

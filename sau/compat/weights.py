@@ -112,7 +112,8 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
 
 
 def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weights:
-    """All tensors in nested containers, each container once, and class names."""
+    """All tensors in nested containers, each container once, and class names; RecordError for a tensor that is not
+    dense, on the CPU and whole."""
     tensors: dict[str, Tensor] = {}
     classes: list[str] | None = None
     seen: set[int] = set()  # a container may hold itself, or the same one many times
@@ -122,7 +123,12 @@ def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weigh
         if place.split(".")[-1].lower() in _CLASSES:
             classes = classes or _names(value)
         if isinstance(value, Tensor):
-            tensors[place or "tensor"] = _dense(value, f"{path}: {place[:100]!a}")
+            if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
+                raise RecordError(f"{path}: {place[:100]!a} is no dense tensor on the CPU; save a state dict of such")
+            value = Tensor.detach(value)  # without attributes that the file gave it
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise RecordError(f"{path}: {place[:99]!a} claims shape {[*value.shape][:8]}, but holds fewer values")
+            tensors[place or "tensor"] = value
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
@@ -130,16 +136,6 @@ def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weigh
                 if isinstance(key, str | int):
                     waiting.append((f"{place}.{key}" if place else str(key), inner))
     return Weights(path, kind, digest, tensors, classes)
-
-
-def _dense(value: Tensor, what: str) -> Tensor:
-    """The tensor without attributes that the file gave it; RecordError unless it is dense and on the CPU."""
-    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.device.type != "cpu":
-        raise RecordError(f"{what} is no dense tensor on the CPU; save a state dict of such")
-    value = Tensor.detach(value)
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise RecordError(f"{what} claims shape {list(value.shape)[:8]}, but holds fewer values")
-    return value
 
 
 class Guess(NamedTuple):

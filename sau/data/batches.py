@@ -6,7 +6,7 @@ Pixels stay uint8 on the device; batches become float one at a time. Order and a
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sau.config import check, param
-from sau.errors import DataError, refuse
+from sau.errors import DataError, require
 from sau.types import Batched, Bytes, Pixels
 
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
@@ -39,8 +39,7 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 def check_seed(seed: Any, end: int = 2**63) -> None:
     """ConfigError unless the seed is a whole number from 0 to below `end`."""
-    if not (isinstance(seed, Integral) and 0 <= int(seed) < end):
-        refuse("seed", seed, f"a whole number from 0 to {end - 1}")
+    require("seed", seed, isinstance(seed, Integral) and 0 <= int(seed) < end, f"a whole number from 0 to {end - 1}")
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def in_range(x: Tensor) -> Tensor:
     """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError."""
     low, high = float(x.min()), float(x.max())
     if not (low >= -SLACK and high <= 1 + SLACK):  # nor is NaN
-        advice = "divide bytes by 255, clamp what is just out, give purify mean=... and std=... of normalised images"
+        advice = "divide bytes by 255, or give the mean=... and std=... of normalised images"
         raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
     return x if low >= 0 and high <= 1 else x.clamp(0, 1)
 
@@ -81,7 +80,7 @@ def to_device_async(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2. Bytes stay bytes."""
+    """Zero-pad, crop back to size at a random place, flip left-right with probability 1/2; in any dtype."""
 
     padding: int = param(4, "pixels added on every side before the crop", ge=0)
     flip: bool = param(False, "whether images are mirrored")
@@ -154,19 +153,15 @@ class Batches:
 
 
 def clean_batches(data: Any, size: int, device: torch.device, stats: Statistics, seed: int) -> Batched:
-    """Batches of (pixels in [0, 1], labels) from a pair of tensors or a loader. DataError for what is none,
-    and, when a loader is walked through, for batches that are not (see `checked`)."""
+    """Batches of (pixels in [0, 1], labels) from a pair of tensors or a loader; DataError where `checked` refuses."""
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         pixels, labels = checked(data[0], data[1], stats)
         check_normalised(float(data[0].min()), float(data[0].max()), stats)
         return Batches(pixels.to(device), (labels.to(device),), size, seed)
-    try:
-        loader = not isinstance(data, Tensor | Iterator) and len(data) >= 0
-    except TypeError:  # also from the `__len__` of a DataLoader over an endless stream
-        loader = False
-    if not loader:
-        raise DataError(f"clean data of type {type(data).__name__}; give a DataLoader with a length, or two tensors")
-    return _Loader(data, device, stats, seed)
+    with suppress(TypeError):  # from `len`, also that of a DataLoader over an endless stream
+        if not isinstance(data, Tensor | Iterator) and len(data) >= 0:
+            return _Loader(data, device, stats, seed)
+    raise DataError(f"clean data of type {type(data).__name__}; give a DataLoader with a length, or two tensors")
 
 
 def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
@@ -194,19 +189,16 @@ def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
 
 
 def check_normalised(low: float, high: float, stats: Statistics) -> None:
-    """DataError if images that are to be normalised, whose values range from `low` to `high`, are not.
+    """DataError if images that are to be normalised, with values from `low` to `high`, are not.
 
     Values of mean 0 and deviation 1 do not all lie within [-0.4, 1.4], for their variance would be 0.4 * 1.4 at most.
     Where they do, although black would lie below, the images were in [0, 1], and undoing changed them.
     """
     mean, std = stats
-    if mean is None or std is None or not -OVERSHOOT < low <= high < 1 + OVERSHOOT:
-        return
-    if all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
-        got = f"mean and std are given, but the pixels range over [{low:.3g}, {high:.3g}], so they are not normalised"
-        raise DataError(
-            f"{got}; leave mean and std out, or give Normalized(model, mean, std) if the network expects it"
-        )
+    inside = -OVERSHOOT < low <= high < 1 + OVERSHOOT
+    if inside and mean and std and all(m > OVERSHOOT * s for m, s in zip(mean, std, strict=True)):
+        advice = "leave mean and std out, or give Normalized(model, mean, std) if the network expects it"
+        raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], so they are not normalised; {advice}")
 
 
 class _Loader:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +17,10 @@ from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from sau.errors import DataError, SauError, first_line
 from sau.files import write
-from sau.types import Bytes
 
-FORMATS = "PNG", "JPEG", "WEBP", "BMP", "PPM"
 _VERSION = 2  # of the cache and of the decoding; a change decodes everything anew
 
 
@@ -42,7 +39,7 @@ def read_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "PPM")) as image:
                 if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "PA"):
                     raise ValueError(f"its mode is {image.mode}; allowed is an 8-bit image in colour or gray")
                 return image.convert("RGB")
@@ -55,14 +52,6 @@ def image_to_tensor(image: Image.Image, height: int, width: int) -> Tensor:
     """The image squeezed to height x width (bilinear, antialiased) as float [3, H, W] on the scale 0..255."""
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(resized, dtype=np.float32).transpose(2, 0, 1).copy())
-
-
-def decode(paths: Sequence[str], how: Preparation, title: str) -> Bytes:
-    """Every image as uint8 [N, 3, size, size], with a progress bar on a terminal."""
-    pixels = torch.empty(len(paths), 3, how.size, how.size, dtype=torch.uint8)
-    for slot, path in zip(pixels, tqdm(paths, desc=title, unit="image", disable=None, leave=False), strict=True):
-        slot.copy_(how.apply(read_image(path)))  # whole numbers, so the conversion is exact
-    return pixels
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -89,10 +78,9 @@ def cached(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors that `make` returns, from a file in `cache_folder()`, which is written where there is none.
 
-    `key_parts` are texts that determine the result; for image files: paths, sizes in bytes and modification times. Of
-    several processes that want the same tensors one makes them. A damaged file is made again, and a folder that cannot
-    be written costs the cache, not the run; `say` prints a line that names `what` it is. The tensors are memory-mapped;
-    writing into them changes neither the file nor what others see.
+    `key_parts` determine the result. Of several processes that want the same tensors one makes them. A damaged file is
+    made again, and a folder that cannot be written costs the cache, not the run; `say` prints a line that names `what`
+    it is. The tensors are memory-mapped; writing into them changes neither the file nor what others see.
     """
     with ExitStack() as stack:
         try:

@@ -124,8 +124,7 @@ def paired(clean: Images, triggered: Images) -> Labels:
     """The position in `clean` of the image that each triggered one is made from; DataError unless each has one."""
     place = _positions(clean, triggered)
     if not (place >= 0).all() or not torch.equal(clean.labels[place], triggered.true_labels):
-        made = f"{len(triggered)} triggered images are not all made from the {len(clean)} clean ones"
-        raise DataError(f"{made}, by their `index` and true labels; give those that they were made from")
+        raise DataError("the triggered images are not all made from these clean ones, by their `index` and true labels")
     return place
 
 

@@ -1,7 +1,4 @@
-"""The files of each data set: CIFAR, GTSRB, Tiny ImageNet, and anybody's folders of images.
-
-Every reader raises DataError if a file is missing or damaged.
-"""
+"""Readers of CIFAR, GTSRB, Tiny ImageNet and anybody's folders of images; DataError for a missing or damaged file."""
 
 import csv
 import hashlib
@@ -15,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sau.compat.torch_file import ALLOWED
-from sau.data.decode import Preparation, cached, decode, image_to_tensor
+from sau.data.decode import Preparation, cached, image_to_tensor, read_image
 from sau.data.images import Images
 from sau.errors import DataError, first_line
 
@@ -70,8 +68,8 @@ def _download(root: Path, official: Any) -> Path:
     try:
         download_and_extract_archive(official.url, str(root), filename=official.filename, md5=official.tgz_md5)
     except (OSError, RuntimeError) as error:
-        failed = f"no {official.base_folder} under {place} and the download failed ({first_line(error)})"
-        raise DataError(f"{failed}; correct --dataset_path, or try --dataset digits, which needs no files") from None
+        advice = "correct --dataset_path, or try --dataset digits, which needs no files"
+        raise DataError(f"{root} cannot be downloaded ({first_line(error)}); {advice}") from None
     return root / official.base_folder
 
 
@@ -86,16 +84,16 @@ class _Unpickler(pickle.Unpickler):
 
 def _cifar_batch(path: Path, md5: str, classes: int, count: int) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [N, 3, 32, 32] and labels of one file; with fewer than `count` images it may have another MD5."""
-    key, advice = "labels" if classes == 10 else "fine_labels", "delete the CIFAR files there to download them again"
+    advice = "delete the CIFAR files there to download them again"
     try:
         raw = path.read_bytes()
         batch = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         pixels = torch.tensor(batch["data"].values.reshape(-1, 3, 32, 32))
-        labels = torch.tensor(getattr(batch[key], "values", batch[key]))
+        numbers = batch["labels" if classes == 10 else "fine_labels"]
+        labels = torch.tensor(getattr(numbers, "values", numbers))
         Images.clean(pixels, labels, classes)  # checks types, lengths and the range of labels
     except Exception as error:  # damaged pickles raise a dozen types
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{path} is missing or no CIFAR file with {key!r} ({reason}); {advice}") from None
+        raise DataError(f"{path} is no CIFAR file ({type(error).__name__}: {first_line(error)}); {advice}") from None
     if len(pixels) >= count and hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
         raise DataError(f"{path} is no subset, and its MD5 is not the official one; {advice}")
     return pixels, labels
@@ -133,9 +131,8 @@ def tiny(root: Path, size: int = 64) -> tuple[Images, Images]:
         listed.sort(key=lambda sample: sample[::-1])
     else:
         listed = _samples(val, ids, ".jpeg")
-    first = _samples(train, ids, ".jpeg")
-    test = read_images("tiny test", val, listed, size, len(ids))
-    return read_images("tiny train", train, first, size, len(ids)), test
+    images = read_images("tiny train", train, _samples(train, ids, ".jpeg"), size, len(ids))
+    return images, read_images("tiny test", val, listed, size, len(ids))
 
 
 def folder(root: Path, size: int = 32) -> tuple[Images, Images]:
@@ -194,17 +191,24 @@ def _samples(root: Path, classes: Sequence[str], suffix: str = "") -> Samples:
 
 def read_images(title: str, root: Path, samples: Samples, size: int | Preparation, classes: int) -> Images:
     """The images of a split, from the cache or decoded with a progress bar."""
-    how = size
-    if isinstance(how, int):
-        how = Preparation(how, partial(image_to_tensor, height=how, width=how), str(how))
-    key = [title, how.text]
+    if isinstance(size, int):
+        size = Preparation(size, partial(image_to_tensor, height=size, width=size), str(size))
+    side, apply, text = size
+    key = [title, text]
     for path, _ in samples:
         try:
             status = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error.strerror}") from None
         key.append(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}")
-    pixels = cached(key, lambda: {"pixels": decode([path for path, _ in samples], how, title)})["pixels"]
+
+    def decode() -> dict[str, Tensor]:
+        pixels = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
+        for slot, (path, _) in zip(pixels, tqdm(samples, title, unit="image", disable=None, leave=False), strict=True):
+            slot.copy_(apply(read_image(path)))  # whole numbers, so the conversion is exact
+        return {"pixels": pixels}
+
+    pixels = cached(key, decode)["pixels"]
     return Images.clean(pixels, torch.tensor([label for _, label in samples], dtype=torch.int64), classes)
 
 

@@ -42,12 +42,9 @@ def _digits(root: Path, size: int) -> tuple[Images, Images]:
     pixels, labels = load_digits(return_X_y=True)
     small = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
     large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-
-    def split(index: np.ndarray) -> Images:
-        return Images.clean(quantise(large[index]), torch.from_numpy(labels[index]).long(), 10)
-
-    return split(train), split(test)
+    parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    train, test = (Images.clean(quantise(large[i]), torch.from_numpy(labels[i]).long(), 10) for i in parts)
+    return train, test
 
 
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
@@ -117,7 +114,11 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
     published lists, or the indices of a file."""
     n = len(images)
     if index_file is not None:
-        picked = _read_indices(Path(index_file), n)
+        lines, allowed = " ".join(readers.read_lines(Path(index_file))).split(), {str(i): i for i in range(n)}
+        picked = [allowed.pop(line, -1) for line in lines]
+        if -1 in picked:
+            wrong = lines[picked.index(-1)][:40]
+            raise DataError(f"{index_file} holds {wrong!r}; allowed are whole numbers 0..{n - 1}, each once")
     else:
         require("ratio (clean share)", ratio, 0 < ratio <= 1, "above 0 and up to 1")
         picked = random.Random(seed).sample(range(n), int(ratio * n))
@@ -126,27 +127,15 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
     return images[torch.tensor(picked, device=images.labels.device)]
 
 
-def _read_indices(path: Path, n: int) -> list[int]:
-    lines = " ".join(readers.read_lines(path)).split()
-    allowed = {str(index): index for index in range(n)}
-    if bad := [line for line in lines if line not in allowed]:
-        raise DataError(f"{path} holds {bad[0][:40]!r}; allowed are whole numbers 0..{n - 1}, one a line")
-    if len({*lines}) < len(lines):
-        raise DataError(f"{path} holds an index more than once; allowed is each index once")
-    return [allowed[line] for line in lines]
-
-
 def check_clean_set(given: Images, test: Images, kind: str = "clean") -> list[str]:
     """What to know about a defender's images, of this `kind`, before a result is believed, a line each. DataError if
     more than `MAX_OVERLAP` of them are test images: no figure would mean anything."""
-    sums, others = (
-        [hashlib.sha256(each.tobytes()).digest() for each in images.pixels.cpu().numpy()] for images in (given, test)
-    )
+    arrays = (images.pixels.cpu().numpy() for images in (given, test))
+    sums, others = ([hashlib.sha256(each.tobytes()).digest() for each in array] for array in arrays)
     known = {*others}
-    shared = sum(one in known for one in sums)
+    shared, twins = sum(one in known for one in sums), len(sums) - len({*sums})
     if shared > MAX_OVERLAP * len(given):
         raise DataError(f"{shared} of {len(given)} {kind} images are test images, too; give the defense others")
-    notes = [f"{shared} of {len(given)} {kind} images are test images, too"] if shared else []
-    if twins := len(sums) - len({*sums}):
-        notes.append(f"{twins} of {len(given)} {kind} images are copies of others")
+    found = {"test images, too": shared, "copies of others": twins}
+    notes = [f"{count} of {len(given)} {kind} images are {what}" for what, count in found.items() if count]
     return notes + check_counts(given.labels.bincount(minlength=given.num_classes), kind)

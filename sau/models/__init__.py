@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sau.errors import ConfigError
 from sau.models.normalized import Normalized as Normalized
-from sau.models.normalized import to_channels_last
+from sau.models.normalized import eval_mode, to_channels_last
 
 ENLARGED = 224  # the side that torchvision's classifiers were designed for
 TIMM = "timm:"  # begins the name of a network of timm
@@ -73,10 +73,10 @@ def unwrapped(name: str, num_classes: int, width: int | None = None) -> nn.Modul
         if ":" in own or not timm.is_model(own):  # a colon would name another source
             raise ConfigError(f"unknown model {name!r}: timm {timm.__version__} has no network {own!r}")
         return timm.create_model(own, num_classes=num_classes)
-    if name not in MODELS and name not in torchvision_names():
-        raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
     if name in MODELS:
         return MODELS[name](num_classes=num_classes, **({} if width is None else {"width": width}))
+    if name not in torchvision_names():
+        raise ConfigError(f"unknown model {name!r}; choose {', '.join(MODELS)} or one of torchvision's, like vgg19_bn")
     from torchvision import models
 
     extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
@@ -99,8 +99,12 @@ def build(
     if width is not None and (width < 1 or name not in MODELS):
         raise ConfigError(f"width is {width}, allowed is 1 and more for {', '.join(MODELS)}, none for other networks")
     net = unwrapped(name, num_classes, width)
-    if name not in MODELS and not _accepts(net, shape):
-        net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
+    if name not in MODELS:
+        try:
+            with torch.no_grad(), eval_mode(net):
+                net(torch.zeros(1, *shape))
+        except (RuntimeError, AssertionError, ValueError):
+            net = nn.Sequential(nn.Upsample((ENLARGED, ENLARGED), mode="bilinear", align_corners=False), net)
     return Normalized(to_channels_last(net), mean, std, amp)
 
 
@@ -117,18 +121,6 @@ def torchvision_names() -> list[str]:
     from torchvision import models
 
     return list(models.list_models(module=models))
-
-
-@torch.no_grad()
-def _accepts(net: nn.Module, shape: Sequence[int]) -> bool:
-    net.eval()
-    try:
-        net(torch.zeros(1, *shape))
-    except (RuntimeError, AssertionError, ValueError):
-        return False
-    finally:
-        net.train()
-    return True
 
 
 def state_dict_spec(make: Callable[[], nn.Module]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A network that takes pixels in [0, 1], with its normalisation and precision; checks of its logits; its layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -89,15 +89,13 @@ def statistics(mean: Any, std: Any) -> tuple[list[float], list[float]] | tuple[N
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """The logits of `model` at `x`, in 32 bits at least; DataError unless they have the shape [B, K]."""
-
-    def refused(reason: str) -> DataError:
-        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
-        advice = "images.float()" if kinds == {torch.float32} else "model.float()"
-        why = "".join(f"; weights are {kind}, images {x.dtype}, so give {advice}" for kind in kinds)
-        return DataError(f"the network does not accept images of shape {tuple(x.shape)}: {reason}{why}")
-
-    with translate_errors(refused):
+    try:
         logits: Tensor = model(x)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torchvision's transformers assert sizes
+        if isinstance(error, SauError) or lacks_memory(error) or "CUDA error" in str(error):  # not about the images
+            raise
+        shape = "x".join(map(str, x.shape[1:]))
+        raise DataError(f"the network does not accept {x.dtype} images of {shape}: {first_line(error)}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         got = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise DataError(f"the network answers {len(x)} images with {got}, allowed are logits [{len(x)}, classes]")
@@ -115,9 +113,7 @@ def check_logits(logits: Tensor) -> None:
     """ConfigError for probabilities: a cross-entropy of them has hardly a gradient. Log-probabilities are logits."""
     sums = logits.double().sum(1)
     if logits.shape[1] > 1 and bool((logits >= 0).all() and ((sums - 1).abs() < 0.01).all()):
-        raise ConfigError(
-            "the network answers with probabilities, allowed are logits; take the softmax out of the end of its forward"
-        )
+        raise ConfigError("the network answers with probabilities, allowed are logits; take the softmax out of it")
 
 
 def to_channels_last(net: nn.Module) -> nn.Module:
@@ -136,19 +132,6 @@ def to_channels_last(net: nn.Module) -> nn.Module:
 def at_least_fp32(logits: Tensor) -> Tensor:
     """`logits` in 32 bits at least; a network that turns autocast on by itself answers in fewer."""
     return logits.float() if logits.is_floating_point() and logits.itemsize < 4 else logits
-
-
-@contextmanager
-def translate_errors(refused: Callable[[str], SauError]) -> Iterator[None]:
-    """Inside, an error of a network that does not take the given images is raised as `refused(its first line)`."""
-    try:
-        yield
-    except SauError:
-        raise
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torchvision's transformers assert sizes
-        if lacks_memory(error) or "CUDA error" in str(error):  # not about the images
-            raise
-        raise refused(first_line(error)) from None
 
 
 @contextmanager
@@ -183,18 +166,16 @@ def grad_enabled(place: torch.device) -> Iterator[None]:
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Inside, no part of `model` turns autocast on, and convolutions of CUDA keep all bits of fp32 (TF32 is off)."""
-    owners = [module for module in model.modules() if isinstance(module, Normalized) and module.amp]
-    switches: list[tuple[Any, str]] = [(owner, "amp") for owner in owners]
-    with suppress(RuntimeError):  # raised where the newer flags of torch were set; these stand
-        if torch.backends.cudnn.allow_tf32:
-            switches.append((torch.backends.cudnn, "allow_tf32"))
-    try:
-        for owner, name in switches:
-            setattr(owner, name, False)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, Normalized) and module.amp:
+                module.amp = False
+                stack.callback(setattr, module, "amp", True)
+        with suppress(RuntimeError):  # raised where the newer flags of torch were set; these stand
+            if torch.backends.cudnn.allow_tf32:
+                torch.backends.cudnn.allow_tf32 = False
+                stack.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
         yield
-    finally:
-        for owner, name in switches:
-            setattr(owner, name, True)
 
 
 # Layers
@@ -203,12 +184,10 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     """Inside, each layer calls its hook (layer, inputs, output) after its forward pass."""
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
-    try:
+    with ExitStack() as stack:
+        for layer, hook in hooks:
+            stack.enter_context(layer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def classifier(model: nn.Module, x: Tensor, method: str, instead: str = "ft or sau") -> nn.Linear:
@@ -225,10 +204,8 @@ def classifier(model: nn.Module, x: Tensor, method: str, instead: str = "ft or s
 def require_plain_weight(layer: Layer, method: str) -> Layer:
     """`layer`; ConfigError if its weight is computed from other parameters, so that `method` cannot set it."""
     if hasattr(layer, "weight") and "weight" not in layer._parameters:  # spectral_norm computes it in each pass
-        raise ConfigError(
-            f"a weight that {method} sets is computed from others (parametrizations, spectral or weight norm); call "
-            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_spectral_norm first"
-        )
+        how = "parametrize.remove_parametrizations or remove_spectral_norm of torch.nn.utils"
+        raise ConfigError(f"a weight that {method} sets is computed from others, as by spectral norm; call {how} first")
     return layer
 
 
