@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sau.attack.base import Attack
-from sau.attack.blended import sailing_boat
-from sau.attack.triggers import TensorTrigger, TriggerContext, file_trigger, trigger_image
+from sau.attack.blended import Blended, sailing_boat
+from sau.attack.triggers import trigger_image
 from sau.config import param
 from sau.data.batches import generator
 from sau.data.decode import image_to_tensor
@@ -54,19 +54,14 @@ class AdaptiveAttack(Attack):
         return f"{super().describe(trained_on, batch_size)}, {covers} covers"
 
 
-class AdapBlend(AdaptiveAttack):
+class AdapBlend(AdaptiveAttack, Blended):
     """Blend in an image, in training half of it and fainter."""
 
     name = "adap_blend"
-    files = ("attack_trigger_img_path",)
 
     attack_trigger_img_path: str | None = param(None, "file of the image t, resized; none means Blended's drawing")
-    attack_train_blended_alpha: float = param(0.15, "alpha in the poisoned training images", ge=0, le=1)
-    attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
+    attack_train_blended_alpha: float = 0.15
     mask_rate: float = param(0.5, "share of the 16 tiles that a training image lacks", ge=0, lt=1)
-
-    def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        return file_trigger(self.attack_trigger_img_path, context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         t = trigger_image(self.trigger, self.attack_trigger_img_path, sailing_boat, x)
