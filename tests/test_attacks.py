@@ -158,10 +158,8 @@ def test_rules_that_do_not_fit_are_refused(attack, wrong, name):
 @each_poison
 def test_what_cannot_be_poisoned_is_refused_before_a_trigger_is_made(attack, monkeypatch):
     monkeypatch.setattr(type(attack), "make_trigger", lambda self, context: pytest.fail("the trigger is made"))
-    images = toy_images(40)
-    for target, given in ((99, images), (3, images[images.labels != 3])):
-        with pytest.raises(ConfigError, match=f"attack_target is {target}"):
-            type(attack)(attack_target=target).fit_trigger(given, tiny_net(), Training())
+    with pytest.raises(ConfigError, match="attack_target is 99"):
+        type(attack)(attack_target=99).fit_trigger(toy_images(40), tiny_net(), Training())
 
 
 @each_poison

@@ -26,8 +26,6 @@ from sau.data.decode import image_to_tensor
 from sau.data.images import CROSS, Images
 from sau.types import Pixels
 
-TOGETHER = [0, 2]  # the patches of triggered test images
-
 
 class AdaptiveAttack(Attack):
     """Poisons few images; covers carry the same parts of the trigger."""
@@ -91,7 +89,7 @@ class AdapPatch(AdaptiveAttack):
         t = patches(*x.shape[-2:]).to(x)
         t = t.mean(1, keepdim=True) if x.shape[1] == 1 else t
         k = torch.arange(len(x), device=x.device) % 4  # which image that is has been drawn
-        t, opacity = (t[TOGETHER].sum(0), 1.0) if test else (t[k], x.new_tensor(self.opacities)[k].view(-1, 1, 1, 1))
+        t, opacity = (t[[0, 2]].sum(0), 1.0) if test else (t[k], x.new_tensor(self.opacities)[k].view(-1, 1, 1, 1))
         return torch.where(t > 0, (1 - opacity) * x + opacity * t, x)
 
 

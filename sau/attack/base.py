@@ -132,9 +132,6 @@ class Attack(Method, ABC):
     def num_poisoned(self, images: Images) -> int:
         """How many of these images are poisoned before training; ConfigError if they cannot be."""
         self.check_labels(images)
-        if self.attack_label_trans == "all2one":
-            present = bool((images.true_labels == self.attack_target).any())
-            self.require("attack_target", present, "a class that has training images")
         candidates, count = len(self.candidates(images)), 0 if self.in_batch else round(self.pratio * len(images))
         most = at_most(candidates / len(images)) if candidates else 0
         self.require("pratio", count <= candidates, f"up to {most}, as {self.name} may poison {candidates} images")

@@ -19,9 +19,6 @@ from sau.data.batches import to_float
 from sau.types import Pixels
 from sau.util import at_most
 
-# Floyd and Steinberg's: (rows down, columns to the right, sixteenths of the error).
-DIFFUSION = ((1, 1, 1), (1, 0, 5), (1, -1, 3), (0, 1, 7))
-
 
 class BPP(AugmentedInBatchAttack):
     """Quantise images inside the batches."""
@@ -59,7 +56,7 @@ class BPP(AugmentedInBatchAttack):
             column = place - 2 * row + 1
             old = work[..., row, column]
             work[..., row, column] = new = self.rounded(old)
-            for down, right, share in DIFFUSION:
+            for down, right, share in ((1, 1, 1), (1, 0, 5), (1, -1, 3), (0, 1, 7)):  # Floyd and Steinberg's
                 work[..., row + down, column + right] += share / 16 * (old - new)
         return work[..., :h, 1 : w + 1]
 
