@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from sau.config import check, param
-from sau.errors import DataError, refuse
+from sau.errors import DataError, require
 from sau.files import checksum
 
 Schedule = Literal[
@@ -106,8 +106,7 @@ class Method:
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Refuse a hyperparameter: ConfigError with its name, its value and what is allowed."""
-        if not ok:
-            refuse(name, getattr(self, name), allowed)
+        require(name, getattr(self, name), ok, allowed)
 
 
 class Descent:

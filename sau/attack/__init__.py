@@ -6,29 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
-from sau.attack.adaptive import AdapBlend, AdapPatch
-from sau.attack.badnet import BadNet
-from sau.attack.base import Attack
-from sau.attack.blended import Blended
-from sau.attack.bpp import BPP
-from sau.attack.inputaware import InputAware
-from sau.attack.lf import LF
-from sau.attack.prototype import Prototype
-from sau.attack.sig import SIG
-from sau.attack.ssba import SSBA
+from sau.attack.adaptive import AdapBlend as AdapBlend
+from sau.attack.adaptive import AdapPatch as AdapPatch
+from sau.attack.badnet import BadNet as BadNet
+from sau.attack.base import Attack as Attack
+from sau.attack.blended import Blended as Blended
+from sau.attack.bpp import BPP as BPP
+from sau.attack.inputaware import InputAware as InputAware
+from sau.attack.lf import LF as LF
+from sau.attack.prototype import Prototype as Prototype
+from sau.attack.sig import SIG as SIG
+from sau.attack.ssba import SSBA as SSBA
 from sau.attack.triggers import TensorTrigger
-from sau.attack.wanet import WaNet
+from sau.attack.wanet import WaNet as WaNet
 from sau.errors import RecordError
 
-__all__ = [
-    "ATTACKS", "BPP", "LF", "SIG", "SSBA", "THEIRS", "AdapBlend", "AdapPatch", "Attack", "BadNet", "Blended",
-    "InputAware", "Prototype", "WaNet",
-]  # fmt: skip
-
-_CLASSES: tuple[type[Attack], ...] = (
-    Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch,
-)  # fmt: skip
-ATTACKS = {attack.name: attack for attack in _CLASSES}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack
+    for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch)
+}
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
 
 

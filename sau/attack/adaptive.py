@@ -18,15 +18,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sau.attack.base import Attack
-from sau.attack.blended import sailing_boat
-from sau.attack.triggers import TensorTrigger, TriggerContext, file_trigger, trigger_image
+from sau.attack.blended import Blended, sailing_boat
+from sau.attack.triggers import trigger_image
 from sau.config import param
 from sau.data.batches import generator
 from sau.data.decode import image_to_tensor
 from sau.data.images import CROSS, Images
 from sau.types import Pixels
-
-TOGETHER = [0, 2]  # the patches of triggered test images
 
 
 class AdaptiveAttack(Attack):
@@ -54,19 +52,14 @@ class AdaptiveAttack(Attack):
         return f"{super().describe(trained_on, batch_size)}, {covers} covers"
 
 
-class AdapBlend(AdaptiveAttack):
+class AdapBlend(AdaptiveAttack, Blended):
     """Blend in an image, in training half of it and fainter."""
 
     name = "adap_blend"
-    files = ("attack_trigger_img_path",)
 
     attack_trigger_img_path: str | None = param(None, "file of the image t, resized; none means Blended's drawing")
-    attack_train_blended_alpha: float = param(0.15, "alpha in the poisoned training images", ge=0, le=1)
-    attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
+    attack_train_blended_alpha: float = 0.15
     mask_rate: float = param(0.5, "share of the 16 tiles that a training image lacks", ge=0, lt=1)
-
-    def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        return file_trigger(self.attack_trigger_img_path, context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         t = trigger_image(self.trigger, self.attack_trigger_img_path, sailing_boat, x)
@@ -96,7 +89,7 @@ class AdapPatch(AdaptiveAttack):
         t = patches(*x.shape[-2:]).to(x)
         t = t.mean(1, keepdim=True) if x.shape[1] == 1 else t
         k = torch.arange(len(x), device=x.device) % 4  # which image that is has been drawn
-        t, opacity = (t[TOGETHER].sum(0), 1.0) if test else (t[k], x.new_tensor(self.opacities)[k].view(-1, 1, 1, 1))
+        t, opacity = (t[[0, 2]].sum(0), 1.0) if test else (t[k], x.new_tensor(self.opacities)[k].view(-1, 1, 1, 1))
         return torch.where(t > 0, (1 - opacity) * x + opacity * t, x)
 
 

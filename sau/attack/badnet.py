@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sau.attack.base import Attack
-from sau.attack.triggers import TensorTrigger, TriggerContext, load_image, trigger_image
+from sau.attack.triggers import TensorTrigger, TriggerContext, file_trigger, trigger_image
 from sau.config import param
 from sau.data.decode import image_to_tensor
 from sau.errors import require
@@ -24,12 +24,10 @@ class BadNet(Attack):
     patch_mask_path: str | None = param(None, "patch on black, resized; none: white, 3x3 of 32x32, bottom right")
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        if self.patch_mask_path is None:
-            return None
-        patch = load_image(self.patch_mask_path, *context.images.pixels.shape[-2:])
-        covers_all = bool((patch > 0).any(0).all())
+        trigger = file_trigger(self.patch_mask_path, context)
+        covers_all = trigger is not None and bool((trigger.values > 0).any(0).all())
         self.require("patch_mask_path", not covers_all, "a whole image, black except for the patch")
-        return TensorTrigger(patch)
+        return trigger
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         patch = trigger_image(self.trigger, self.patch_mask_path, white_corner, x)

@@ -2,7 +2,6 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, wraps
 from typing import Any, ClassVar, Literal, final
@@ -21,7 +20,7 @@ from sau.defense.clp import fed, smooth
 from sau.defense.ft_sam import FTSAM
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy
-from sau.graphs import MicroBatchedStep
+from sau.graphs import Compose, MicroBatchedStep, Step
 from sau.loop import RunContext
 from sau.models import normalized
 from sau.optim import Method, Training
@@ -29,21 +28,8 @@ from sau.types import Bytes, Labels, Pixels
 from sau.util import at_most
 
 State = dict[str, Any]
-Step = Callable[[State, Tensor, Labels], Any]
 LabelRule = Literal["all2one", "all2all"]
 GATE = 85.0  # percent: the gate on other data sets than CIFAR-10, where it is not lower there
-
-
-def of_floats(stamp: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of images that refuses bytes, of which it would make something else without a word."""
-
-    @wraps(stamp)
-    def guarded(self: Any, x: Tensor, **how: Any) -> Any:
-        if not x.is_floating_point():
-            raise DataError(f"pixels to stamp are {x.dtype}, allowed are floats in [0, 1]; give pixels / 255")
-        return stamp(self, x, **how)
-
-    return guarded
 
 
 class Attack(Method, ABC):
@@ -70,7 +56,15 @@ class Attack(Method, ABC):
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
-        cls.stamp = of_floats(cls.stamp)  # type: ignore[method-assign]
+        stamp = cls.stamp
+
+        @wraps(stamp)
+        def of_floats(self: Any, x: Pixels, *, test: bool = False) -> Pixels:
+            if not x.is_floating_point():  # of bytes it would make something else without a word
+                raise DataError(f"pixels to stamp are {x.dtype}, allowed are floats in [0, 1]; give pixels / 255")
+            return stamp(self, x, test=test)
+
+        cls.stamp = of_floats  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,9 +132,6 @@ class Attack(Method, ABC):
     def num_poisoned(self, images: Images) -> int:
         """How many of these images are poisoned before training; ConfigError if they cannot be."""
         self.check_labels(images)
-        if self.attack_label_trans == "all2one":
-            present = bool((images.true_labels == self.attack_target).any())
-            self.require("attack_target", present, "a class that has training images")
         candidates, count = len(self.candidates(images)), 0 if self.in_batch else round(self.pratio * len(images))
         most = at_most(candidates / len(images)) if candidates else 0
         self.require("pratio", count <= candidates, f"up to {most}, as {self.name} may poison {candidates} images")
@@ -284,7 +275,7 @@ class Attack(Method, ABC):
         state = self.prepare(model, recipe, len(batches)) | data
         self.run_epochs(self.step, self.compose, state, batches, recipe.epochs, session=session)
 
-    def run_epochs(self, step: Step, compose: Step, state: State, batches: Batches, epochs: int, **how: Any) -> None:
+    def run_epochs(self, step: Step, compose: Compose, state: State, batches: Batches, epochs: int, **how: Any) -> None:
         """`compose` and `step` for every batch of every epoch; `how` goes to `loop.run`."""
 
         def end_epoch(losses: dict[str, float]) -> bool | None:

@@ -13,32 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sau.attack.base import State
-from sau.attack.in_batch import InBatchAttack, augmented, random_images
+from sau.attack.in_batch import AugmentedInBatchAttack, random_images
 from sau.config import param
 from sau.data.batches import to_float
-from sau.types import Labels, Pixels
+from sau.types import Pixels
 from sau.util import at_most
 
-# Floyd and Steinberg's: (rows down, columns to the right, sixteenths of the error).
-DIFFUSION = ((1, 1, 1), (1, 0, 5), (1, -1, 3), (0, 1, 7))
 
-
-class BPP(InBatchAttack):
+class BPP(AugmentedInBatchAttack):
     """Quantise images inside the batches."""
 
     name = "bpp"
     cifar10_gate = 95.0
     remedy = "more --epochs or a smaller --squeeze_num"
-    augments_in_compose = True
     cross_how = "with the change of another image"
 
     pratio: float = param(0.1, "poisoned share of each batch, up to 1 - neg_ratio, drawn anew every epoch")
     neg_ratio: float = param(0.1, "share of each batch that gets the change of another image", ge=0, le=1)
     squeeze_num: int = param(8, "levels in each channel", ge=2, le=256)
     dithering: bool = param(False, "spread each pixel's error over the next ones (Floyd-Steinberg)")
-    random_crop: int = param(5, "padding in pixels of the random crop, which 8 of 10 batches go through", ge=0)
-    random_rotation: float = param(10.0, "largest rotation in degrees, which 5 of 10 batches go through", ge=0)
-    one_draw: bool = param(False, "one crop, angle and flip for a whole batch, as the benchmark draws them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +56,7 @@ class BPP(InBatchAttack):
             column = place - 2 * row + 1
             old = work[..., row, column]
             work[..., row, column] = new = self.rounded(old)
-            for down, right, share in DIFFUSION:
+            for down, right, share in ((1, 1, 1), (1, 0, 5), (1, -1, 3), (0, 1, 7)):  # Floyd and Steinberg's
                 work[..., row + down, column + right] += share / 16 * (old - new)
         return work[..., :h, 1 : w + 1]
 
@@ -73,11 +66,5 @@ class BPP(InBatchAttack):
     def cross_count(self, poisoned: int, size: int) -> int:
         return int(self.neg_ratio * size) if poisoned else 0  # none where nothing is poisoned, as at pratio 0
 
-    def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
-        """n triggered images with the attacker's labels, negatives, clean ones; augmented afterwards."""
-        n = self.poisoned_count(len(x))
-        end = n + self.cross_count(n, len(x))
-        others = to_float(random_images(state, end - n))
-        x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], others), x[end:]])
-        x = augmented(state, x, self.random_crop, self.random_rotation, self.one_draw)
-        return x, torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
+    def others(self, state: State, x: Pixels) -> Pixels:
+        return to_float(random_images(state, len(x)))

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sau.attack.base import Attack, State
+from sau.config import param
 from sau.data.batches import Augment, generator, quantise, seeded, to_device_async, to_float
 from sau.data.images import CROSS, Images
 from sau.models import Normalized
-from sau.types import Bytes, Pixels
+from sau.types import Bytes, Labels, Pixels
 
 BLOCK = 128  # `poisoned_samples` takes images in blocks of this size, as the benchmark does
 
@@ -78,24 +79,44 @@ class InBatchAttack(Attack):
         return both[both.index.argsort()]
 
 
+class AugmentedInBatchAttack(InBatchAttack):
+    """Augments a batch after its triggers are on: WaNet and BPP."""
+
+    augments_in_compose = True
+
+    random_crop: int = param(5, "padding in pixels of the random crop, which 8 of 10 batches go through", ge=0)
+    random_rotation: float = param(10.0, "largest rotation in degrees, which 5 of 10 batches go through", ge=0)
+    one_draw: bool = param(False, "one crop, angle and flip for a whole batch, as the benchmark draws them")
+
+    def others(self, state: State, x: Pixels) -> Pixels:
+        """What `cross` takes beside `x`."""
+        return x
+
+    def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
+        """n triggered images with the attacker's labels, cross images, clean ones; augmented afterwards."""
+        n = self.poisoned_count(len(x))
+        end = n + self.cross_count(n, len(x))
+        x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], self.others(state, x[n:end])), x[end:]])
+        return self.augmented(state, x), torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
+
+    def augmented(self, state: State, x: Pixels) -> Pixels:
+        """Crop, rotate and flip; whether a batch is cropped (8 of 10) or rotated (5 of 10) is one draw; the border is
+        the mean colour."""
+        given, model = state["augment"], state["model"]
+        if given is None:
+            return x
+        centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
+        crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
+        moved = Augment(self.random_crop * crop, given.flip, self.one_draw)(x - centre, torch.default_generator)
+        if rotate and self.random_rotation:
+            moved = random_rotate(moved, self.random_rotation, one_draw=self.one_draw)
+        return (moved + centre).clamp(0, 1)
+
+
 def random_images(state: State, size: int) -> Bytes:
     """`size` training images, drawn anew from all of them, [size, C, H, W]."""
     images = state["images"]
     return images.pixels[to_device_async(torch.randint(len(images), (size,)), images.pixels.device)]
-
-
-def augmented(state: State, x: Pixels, padding: int, degrees: float, one_draw: bool) -> Pixels:
-    """Crop, rotate and flip; whether a batch is cropped (8 of 10) or rotated (5 of 10) is one draw; the border is the
-    mean colour."""
-    given, model = state["augment"], state["model"]
-    if given is None:
-        return x
-    centre = model.mean if isinstance(model, Normalized) and model.mean is not None else 0.0
-    crop, rotate = (torch.rand(2) < torch.tensor([0.8, 0.5])).tolist()
-    moved = Augment(padding * crop, given.flip, one_draw)(x - centre, torch.default_generator)
-    if rotate and degrees:
-        moved = random_rotate(moved, degrees, one_draw=one_draw)
-    return (moved + centre).clamp(0, 1)
 
 
 def random_rotate(x: Tensor, degrees: float, *, one_draw: bool = False) -> Tensor:

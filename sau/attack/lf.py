@@ -76,13 +76,11 @@ class LF(Attack):
         return None if path is None else TensorTrigger(read_pattern(path, *shape))
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        shape = x.shape[1:]
+        path, shape = self.lowFrequencyPatternPath, x.shape[1:]
         if self.trigger is not None or self.lf_optimise:
             pattern = self.require_trigger().for_shape(shape)
-        elif self.lowFrequencyPatternPath is not None:
-            pattern = read_pattern(self.lowFrequencyPatternPath, *shape)
         else:
-            pattern = self.lf_strength * glow(*shape)
+            pattern = self.lf_strength * glow(*shape) if path is None else read_pattern(path, *shape)
         return (x + pattern.to(x)).clamp(0, 1)
 
 

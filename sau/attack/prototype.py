@@ -23,8 +23,5 @@ class Prototype(Attack):
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x
 
-    def num_poisoned(self, images: Images) -> int:
-        return 0
-
     def poison_test(self, images: Images) -> Images:
         return images[images.labels[:0]]

@@ -11,21 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sau.attack.base import State
-from sau.attack.in_batch import InBatchAttack, augmented
+from sau.attack.in_batch import AugmentedInBatchAttack
 from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
 from sau.data.batches import generator
-from sau.types import Labels, Pixels
+from sau.types import Pixels
 from sau.util import at_most
 
 
-class WaNet(InBatchAttack):
+class WaNet(AugmentedInBatchAttack):
     """Warp images inside the batches. The trigger is z / mean|z|, [1, 2, k, k]."""
 
     name = "wanet"
     remedy = "more --epochs or a larger --s"
-    augments_in_compose = True
     cross_how = "warped with noise"
 
     pratio: float = param(0.1, "poisoned share of each batch, up to 1 / (1 + cross_ratio), drawn anew every epoch")
@@ -33,9 +31,6 @@ class WaNet(InBatchAttack):
     s: float = param(0.5, "strength of the warp: about its largest shift in pixels; a third of that on average", gt=0)
     k: int = param(4, "control points along each side", ge=2)
     grid_rescale: float = param(1.0, "factor on the grid; less keeps strong warps inside the image", gt=0)
-    random_crop: int = param(5, "padding in pixels of the random crop, which 8 of 10 batches go through", ge=0)
-    random_rotation: float = param(10.0, "largest rotation in degrees, which 5 of 10 batches go through", ge=0)
-    one_draw: bool = param(False, "one crop, angle and flip for a whole batch, as the benchmark draws them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,14 +58,6 @@ class WaNet(InBatchAttack):
         field = F.interpolate(points, size=x.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
         grid = ((identity + in_grid(self.s * field)) * self.grid_rescale).clamp(-1, 1)
         return grid.expand(len(x), -1, -1, -1)
-
-    def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
-        """n triggered images with the attacker's labels, cross images, clean ones; augmented afterwards."""
-        n = self.poisoned_count(len(x))
-        end = n + self.cross_count(n, len(x))
-        x = torch.cat([self.stamp(x[:n]), self.cross(x[n:end], x[n:end]), x[end:]])
-        x = augmented(state, x, self.random_crop, self.random_rotation, self.one_draw)
-        return x, torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
 
 
 def in_grid(field: Tensor) -> Tensor:

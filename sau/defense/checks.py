@@ -109,9 +109,8 @@ def check_before(method: Any, model: nn.Module, batches: Batched, session: Sessi
     answers, labels, classes = predictions(model, batches)
     right, total, kind = int((answers == labels).sum()), len(labels), method.data_use.replace("none", "clean")
     session.say(f"the network classifies {right:,} of {total:,} {kind} images correctly ({100 * right / total:.1f} %)")
-    if (
-        right < total * (1 + 1 / classes) / 2
-    ):  # half way from chance to all; an attacked network has nearly its full ACC
+    half_way = total * (1 + 1 / classes) / 2  # from chance to all; an attacked network has nearly its full ACC
+    if right < half_way:
         usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
         session.say(f"warning: the network classifies only {right:,} of {total:,} clean images correctly; {usual}")
     if method.data_use != "none":

@@ -24,7 +24,6 @@ from sau.errors import ConfigError
 from sau.models.normalized import eval_mode
 from sau.types import Batched, Pixels
 
-Pairing = Literal["traced", "order"]
 Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolution that feeds it
 
 
@@ -35,17 +34,15 @@ class CLP(pruning.ChannelOutlierPruning):
     data_use = "none"
 
     batch_size: int = param(256, "batch size of the accuracy check; no effect on the result")
-    pairing: Pairing = param(
+    pairing: Literal["traced", "order"] = param(
         "traced",
         "convolution of a batch norm: the one traced to it, or (order) the last before it, as in the benchmark",
     )
 
     def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name, running=True)
-        if self.pairing == "order":
-            pairs = ordered(model, norms)
-        else:
-            pairs = traced(model, norms, torch.zeros_like(first_batch(batches)[0][:1]))
+        x = torch.zeros_like(first_batch(batches)[0][:1])
+        pairs = traced(model, norms, x) if self.pairing == "traced" else ordered(model, norms)
         if not pairs:
             raise ConfigError("no batch norm of the network is fed by a convolution, as clp needs; try anp, ft or sau")
         return {name: lipschitz(conv, norms[name]) for name, conv in pairs.items()}

@@ -30,7 +30,6 @@ from sau.models.normalized import at_least_fp32, eval_mode, forward_hooks, resol
 from sau.optim import Schedule
 from sau.types import Batched, Labels, Logits, Pixels
 
-DEFAULT_LAYERS = 2
 POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
@@ -137,5 +136,5 @@ def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) ->
             ends[size] = name
     if not ends and not names:
         raise ConfigError("the network has no layer with feature maps [B, C, H, W], which nad distils; try ft or sau")
-    deep = sorted(ends, key=torch.Size.numel)[:DEFAULT_LAYERS]
+    deep = sorted(ends, key=torch.Size.numel)[:2]
     return names or [ends[size] for size in reversed(deep)]

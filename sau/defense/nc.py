@@ -33,7 +33,6 @@ from sau.types import Batched, Labels, Pixels
 
 SWITCHED_ON = 1e-3  # what a cost that begins at 0 becomes
 GROUP = 10  # classes in one forward pass; more need more memory
-COUNTERS = ("hits", "norms", "above", "below", "still", "raised", "lowered")
 
 
 def unit(logits: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ class Patches(nn.Module):
         self.cost: Tensor = nn.Buffer(zeros + cost)
         self.open: Tensor = nn.Buffer(zeros == 0)  # whether the inversion goes on
         self.passes: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))
-        for name in COUNTERS:
+        for name in ("hits", "norms", "above", "below", "still", "raised", "lowered"):
             self.register_buffer(name, zeros.clone())
 
     @property

@@ -23,8 +23,6 @@ from sau.loop import RunContext
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
 
-CLIP = 20.0  # longest gradient of the ascent
-
 
 class RNP(MaskPruning):
     """Unlearn the clean task and prune the channels that hinder its recovery."""
@@ -68,7 +66,7 @@ class RNP(MaskPruning):
         def step(x: Pixels, y: Labels) -> dict[str, Tensor]:
             logits = unlearned(x)
             loss = F.cross_entropy(logits, y)
-            descent(-loss, clip=CLIP)
+            descent(-loss, clip=20.0)
             return {"loss": loss, "clean_acc": batch_accuracy(logits, y)}
 
         def end_epoch(losses: dict[str, float]) -> bool:
