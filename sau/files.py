@@ -46,12 +46,13 @@ def existing(root: str | Path, target: str) -> Path:
 def read(path: Path, most: int = SMALL) -> bytes:
     """The content of an untrusted file; OSError if it is not a regular file, as a FIFO could block for ever, or has
     more than `most` bytes."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    if found.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, allowed are {most:,}")
-    return path.read_bytes()
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, allowed are {most:,}")
+        return file.read()
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -79,10 +80,9 @@ def append(path: Path, text: str) -> None:
     """Add text to the end of a file, which is made if need be; RecordError if it cannot be written or is a link, which
     in an untrusted folder may lead to any file of the user."""
     try:
-        if path.is_symlink():
-            raise OSError(errno.ELOOP, "it is a link")
-        with path.open("a", errors="backslashreplace") as file:  # a file name in it need not be text
-            file.write(text)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        with open(file, "a", errors="backslashreplace") as log:  # a file name in the text need not be text
+            log.write(text)
     except OSError as error:
         raise os_error(error, f"cannot write {path}: {error.strerror}") from None
 

@@ -70,7 +70,8 @@ def run(kind: str, name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     images, made = toy_images(80), method(kind, name)
     if kind == "defense":
-        return made.purify(attacked(), toy_images(40, seed=3), seed=0, session=quiet()), images.pixels[:8]
+        fixed = made.purify(attacked(), toy_images(40, seed=3), seed=0, session=quiet(), settings="as_given")
+        return fixed, images.pixels[:8]
     net = tiny_net()
     with patch("sau.attack.ssba.READABLE", 0.0):  # to make a code readable takes so many updates that rounding shows
         made = made.fit_trigger(images, net, TRAINING, seed=0, session=quiet())
