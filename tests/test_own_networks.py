@@ -120,7 +120,8 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     loader = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
     lines.clear()
     session = Session(say=lines.append)
-    after = DEFENSES[defense]().purify(victim, loader, session=session)
+    settings = "as_given" if data == "timm" else "auto"  # 2,500 images, as published
+    after = DEFENSES[defense]().purify(victim, loader, session=session, settings=settings)
     figures, networks = dict[str, float](), {"before": victim, "after": after}
     for when, each in networks.items():
         shares = score(each, test.to(DEVICE), triggered.to(DEVICE)).shares()

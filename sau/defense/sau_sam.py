@@ -60,9 +60,9 @@ class SAUSAM(TrainingDefense):
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """On other networks, and with fewer than 2,000 images, half of the images get a patch. With so few, as many
-        updates as 20 rounds, chosen on 143 images of digits, at a rate that falls as rho; so too without batch norm, by
-        Adam."""
+        """On other networks, or with fewer than 2,000 images, half of the images get a patch. With so few, or without
+        batch norm, there are as many updates as in 20 rounds, chosen on 143 images of digits, at a rate that falls as
+        rho; without batch norm by Adam."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self if is_published(model) else replace(self, patches=0.5)
         rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
