@@ -43,6 +43,7 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
+    few_suffice = True
     later = ("patches",)
 
     epochs: int = 10
@@ -62,13 +63,14 @@ class SAUSAM(TrainingDefense):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """On other networks, or with fewer than 2,000 images, half of the images get a patch. With so few, or without
         batch norm, there are as many updates as in 20 rounds, chosen on 143 images of digits, at a rate that falls as
-        rho; without batch norm by Adam."""
+        rho; without batch norm by Adam, and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self if is_published(model) else replace(self, patches=0.5)
-        rate: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
+        how: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
         if not norm:
-            rate = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
-        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **rate)
+            how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
+            how |= {"pgd_init": "max", "adv_lr": 0.2}
+        return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
