@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sau.errors import RecordError
+from sau.errors import MALFORMED, RecordError
 from sau.files import MOST, is_number, parse_json, read
 from sau.grid.store import load, parse_name
 from sau.record.attack_result import gate
@@ -175,8 +175,12 @@ def _figures(summary: dict[str, Any], defense: bool) -> dict[str, float | None]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl` in a checked folder, of a method with several stages those of its last one."""
+    """The rows of `metrics.jsonl` in a checked folder, of a method with several stages those of its last one;
+    RecordError for a line that is no row."""
     lines = read(folder / METRICS).splitlines() if (folder / METRICS).is_file() else []
-    rows = [{key: float(value) for key, value in parse_json(line).items() if is_number(value)} for line in lines]
+    try:
+        rows = [{key: float(value) for key, value in parse_json(line).items() if is_number(value)} for line in lines]
+    except MALFORMED as error:
+        raise RecordError(f"{folder / METRICS} is damaged: {error}") from None
     last = max((row.get("stage", 0.0) for row in rows), default=0.0)
     return [row for row in rows if row.get("stage", 0.0) == last]
