@@ -97,9 +97,9 @@ def attack(name: str, argv: Sequence[str]) -> None:
     dataset = asked.get("dataset") or Run.dataset
     origin, (recipe, why) = sources.source(dataset), asked.recipe()
     run, training, method = asked.settle(recipe, dataset)
-    if run.attack and THEIRS.get(run.attack.lower(), run.attack.lower()) != name:
-        others = ", ".join(ATTACKS)
-        raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out, or run another of {others}")
+    if run.attack and (other := THEIRS.get(run.attack.lower(), run.attack.lower())) != name:
+        advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
+        raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out{advice}")
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
     folder = run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")

@@ -7,6 +7,7 @@ these, or one of these `| None`.
 import difflib
 import inspect
 import os
+import reprlib
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ SWITCH = {"true": True, "1": True, "false": False, "0": False}
 FLOAT32_END = 2.0**128  # 32 bits hold no number from here on
 # BackdoorBench's files of SAU, i-BAU (epochs) and NAD (weight_decay) hold both, and its code reads the second.
 SUPERSEDED = {"epochs": "n_rounds", "weight_decay": "wd"}
+_BRIEF = reprlib.Repr()  # prints a value from a file in a few words, however long it is
+_BRIEF.maxlevel, _BRIEF.maxstring = 1, 100
 Bound = int | float
 
 
@@ -172,17 +175,18 @@ class Setting(NamedTuple):
     origin: str
 
     def __str__(self) -> str:
-        return f"{self.origin} is {repr(self.value)[:100]}"
+        return f"{self.origin} is {_BRIEF.repr(self.value)}"
 
 
 def values(settings: Mapping[str, Setting], known: Mapping[str, Option]) -> dict[str, Any]:
     """Every setting as the type of its parameter; ConfigError names where a wrong one was given."""
     found = {}
-    for name in (name for name in settings if name in known):
+    for name, setting in settings.items():
         try:
-            found[name] = known[name].parse(settings[name].value)
+            if name in known:
+                found[name] = known[name].parse(setting.value)
         except ConfigError as error:
-            raise ConfigError(f"{settings[name]}; {error}") from None
+            raise ConfigError(f"{setting}; {error}") from None
     return found
 
 

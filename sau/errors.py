@@ -113,7 +113,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         status = main() or 0
-        print(end="", flush=True)  # here an error of it is caught
+        print(end="", flush=True)  # where stdout is a closed pipe, the error comes here
         return status
     except Finished as finished:
         print(finished)

@@ -177,7 +177,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_nothing_in_it_is_touched(tmp_p
     for overwrite in (False, True):
         with pytest.raises(RecordError, match="not a result folder"):
             begun(tmp_path / "photos", overwrite=overwrite)
-        with pytest.raises(NotADirectoryError):
+        with pytest.raises(RecordError, match="is a file"):
             begun(tmp_path / "photos" / "one.jpg", overwrite=overwrite)
     assert [name for name in listing(tmp_path / "photos") if not name.endswith(".lock")] == before
 

@@ -41,8 +41,10 @@ class CLP(pruning.ChannelOutlierPruning):
 
     def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name, running=True)
-        x = torch.zeros_like(first_batch(batches)[0][:1])
-        pairs = traced(model, norms, x) if self.pairing == "traced" else ordered(model, norms)
+        if self.pairing == "order":
+            pairs = ordered(model, norms)
+        else:
+            pairs = traced(model, norms, torch.zeros_like(first_batch(batches)[0][:1]))
         if not pairs:
             raise ConfigError("no batch norm of the network is fed by a convolution, as clp needs; try anp, ft or sau")
         return {name: lipschitz(conv, norms[name]) for name, conv in pairs.items()}

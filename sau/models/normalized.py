@@ -94,8 +94,11 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # torchvision's transformers assert sizes
         if isinstance(error, SauError) or lacks_memory(error) or "CUDA error" in str(error):  # not about the images
             raise
-        shape = "x".join(map(str, x.shape[1:]))
-        raise DataError(f"the network does not accept {x.dtype} images of {shape}: {first_line(error)}") from None
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
+        advice = "images.float()" if kinds == {torch.float32} else "model.float()"
+        why = "".join(f"; weights are {kind}, images {x.dtype}, so give {advice}" for kind in kinds)
+        text = f"the network does not accept images of shape {tuple(x.shape)}: {first_line(error)}{why}"
+        raise DataError(text) from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
         got = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise DataError(f"the network answers {len(x)} images with {got}, allowed are logits [{len(x)}, classes]")

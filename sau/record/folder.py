@@ -57,6 +57,8 @@ class Record:
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
         folder, RecordError if the run may neither start nor resume."""
         acquire(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
         self.config = {}
         if self._holds_only("defense"):
             return False

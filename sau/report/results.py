@@ -180,6 +180,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     lines = read(folder / METRICS).splitlines() if (folder / METRICS).is_file() else []
     try:
         rows = [{key: float(value) for key, value in parse_json(line).items() if is_number(value)} for line in lines]
+        if not all("epoch" in row for row in rows):
+            raise ValueError("a row has no epoch")
     except MALFORMED as error:
         raise RecordError(f"{folder / METRICS} is damaged: {error}") from None
     last = max((row.get("stage", 0.0) for row in rows), default=0.0)
