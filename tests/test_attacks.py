@@ -15,7 +15,22 @@ from checkpoints import Stopping, Tape
 from PIL import Image
 from toys import quiet, refuses, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, in_batch
+from sau.attack import (
+    ATTACKS,
+    BPP,
+    LF,
+    SIG,
+    SSBA,
+    Attack,
+    BadNet,
+    Blended,
+    InputAware,
+    Narcissus,
+    Prototype,
+    WaNet,
+    in_batch,
+    surrogate,
+)
 from sau.attack.adaptive import AdapBlend, AdapPatch, patches
 from sau.attack.blended import sailing_boat
 from sau.config import options
@@ -38,7 +53,7 @@ def with_(attack: Attack, **changes) -> Any:
 def test_every_attack_has_its_module_and_its_help(name):
     attack = ATTACKS[name]
     assert set(ROWS) == set(ATTACKS)
-    assert attack.name == name and attack.__module__ in (f"sau.attack.{name}", "sau.attack.adaptive")
+    assert attack.name == name and attack.__module__.split(".")[-1] in (name, "adaptive", "surrogate")
     assert attack.__doc__ and all(option.help for option in options(attack).values())
 
 
@@ -95,7 +110,7 @@ def test_the_training_set_is_poisoned_where_it_says_and_nowhere_else(attack, pra
     assert (poisoned.labels[hit] == 2).all() and torch.equal(poisoned.labels[~hit], images.labels[~hit])
     assert torch.equal(poisoned.true_labels, images.true_labels) and torch.equal(poisoned.index, images.index)
     assert torch.equal(poisoned.pixels[~hit], images.pixels[~hit])
-    assert torch.equal(poisoned.pixels[rows], quantise(attack.stamp(to_float(images.pixels[rows]))))
+    assert torch.equal(poisoned.pixels[rows], quantise(ruled.stamp(to_float(images.pixels[rows]))))
     assert all(torch.equal(tensor, before[name]) for name, tensor in images.tensors().items())
 
 
@@ -561,7 +576,7 @@ def test_covers_carry_parts_of_the_trigger_and_keep_their_label(attack):
     poisoned = ruled.poison_train(images, 0)
     assert poisoned.role[rows].tolist() == [BACKDOOR] * 20 + [CROSS] * 30 and int((poisoned.role > 0).sum()) == 50
     assert (poisoned.labels[rows[:20]] == 2).all() and torch.equal(poisoned.labels[rows[20:]], images.labels[rows[20:]])
-    assert torch.equal(poisoned.pixels[rows], quantise(attack.stamp(to_float(images.pixels[rows]))))
+    assert torch.equal(poisoned.pixels[rows], quantise(ruled.stamp(to_float(images.pixels[rows]))))
     text = ruled.describe(poisoned, 128)
     assert len(ruled.poisoned_samples(poisoned)) == 50 and "20 of 200 images poisoned" in text and ", 30 covers" in text
 
@@ -674,3 +689,30 @@ def test_networks_learn_and_risks_are_measured_in_any_context(context):
         fitted = BadNet().fit(net, images, RECIPE, session=QUIET)
         assert measure(wanted, other, images).summary() == risks
     assert same_weights(fitted, wanted)
+
+
+def test_lc_by_hand():
+    """Corners; in training also a perturbation that raises the surrogate's loss."""
+    lc, x = ROWS["lc"].attack, to_float(toy_images(20, size=32).pixels)
+    c, corner = torch.zeros(32, 32), torch.tensor([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]])
+    c[:3, :3] = c[:3, -3:] = c[-3:, :3] = c[-3:, -3:] = corner
+    e, target = lc.perturbation(x), torch.zeros(20, dtype=torch.long)
+    assert torch.equal(lc.stamp(x, test=True), (x + c).clamp(0, 1))
+    assert torch.equal(lc.stamp(x), (x + e + c).clamp(0, 1)) and 0 < float(e.abs().max()) <= 8 / 255 + 1e-6
+    assert F.cross_entropy(lc.trigger(x + e), target) > F.cross_entropy(lc.trigger(x), target) + 0.01
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_narcissus_by_hand(monkeypatch):
+    """A change that the surrogate takes for the target class; three times of it in testing."""
+    net, images, y = train_victim(Prototype(), toy_images(200)), toy_images(40), torch.ones(10, dtype=torch.long)
+    monkeypatch.setattr(surrogate, "train_clean", lambda context: net.requires_grad_(False))
+    attack = Narcissus(attack_target=1, trigger_updates=40).fit_trigger(images, net, Training(), session=quiet())
+    d, x = attack.trigger.values, to_float(images.pixels)
+    for test, times in ((False, 1), (True, 3)):
+        assert torch.allclose(attack.stamp(x, test=test), (x + times * d).clamp(0, 1))
+    assert float(d.abs().max()) == pytest.approx(16 / 255)
+    mine, others = x[images.labels == 1], x[images.labels != 1]
+    assert F.cross_entropy(net(attack.stamp(mine)), y) < F.cross_entropy(net(mine), y)
+    led = (net(attack.stamp(others, test=True)).argmax(1) == 1).float().mean()
+    assert attack.trigger.figures == {"percent_led_without_backdoor": pytest.approx(100 * float(led))}

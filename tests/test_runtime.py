@@ -20,7 +20,7 @@ from sau.errors import OutOfMemory
 from sau.graphs import FixedNorms, MicroBatchedStep, fixed_norms
 from sau.loop import Session
 from sau.models import Normalized, PreActResNet18
-from sau.models.generator import TriggerGenerators
+from sau.models.triggers import TriggerGenerators
 from sau.optim import Descent, Method, Training
 
 NOT = "note: the training step is not replayed as a CUDA graph: "

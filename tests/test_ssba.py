@@ -13,7 +13,7 @@ from sau.attack import SSBA, ssba
 from sau.data.images import BACKDOOR, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
 from sau.loop import RunContext
-from sau.models.steganography import Decoder, Encoder, psnr, stored
+from sau.models.triggers import Decoder, Encoder, psnr, stored
 from sau.optim import Training
 
 FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}

@@ -25,7 +25,7 @@ from sau.data.batches import Batches, seeded, to_float
 from sau.errors import require
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
-from sau.models.generator import TriggerGenerators
+from sau.models.triggers import TriggerGenerators
 from sau.optim import Descent, Training, adam
 from sau.types import Labels, Pixels, Scalar
 

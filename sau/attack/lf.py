@@ -10,7 +10,6 @@ S is a Gaussian filter, r the step of a targeted DeepFool from x + v. Passes end
 share 1 - delta of other images, or stops getting better.
 """
 
-import copy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.attack.base import Attack
-from sau.attack.prototype import Prototype
+from sau.attack.prototype import train_clean
 from sau.attack.triggers import Made, TensorTrigger, TriggerContext, cached_trigger, network_digest
 from sau.config import param
 from sau.data.batches import generator, to_float
@@ -32,7 +31,6 @@ from sau.data.sources import fingerprint
 from sau.errors import DataError, TrainingError
 from sau.evaluate import AT_ONCE, predict
 from sau.loop import RunContext
-from sau.models.normalized import eval_mode, full_precision
 from sau.types import Labels, Pixels
 
 CENTRE, SPREAD = 0.42, 1 / 3  # of the glow, as shares of the image: a little above and left of the middle
@@ -223,21 +221,3 @@ def find_pattern(lf: LF, context: TriggerContext) -> TensorTrigger:
     identity["device"] = images.pixels.device.type
     found, figures = cached_trigger("lf", identity, partial(optimise, network, images, lf, seed), context.session)
     return TensorTrigger(found["pattern"], figures)
-
-
-def train_clean(context: TriggerContext) -> nn.Module:
-    """A copy of `context.model` trained on clean images, from the cache if it was before; in eval mode."""
-    network, images, recipe = copy.deepcopy(context.model), context.images, context.recipe
-    with torch.no_grad(), eval_mode(network), full_precision(network):
-        logits = network(to_float(images.pixels[:1]))[0].tolist()  # they tell how the layers are put together
-    identity = {"blank": network_digest(network), "answers": [f"{logit:.2e}" for logit in logits], **recipe.params()}
-    identity |= {"data": fingerprint(images), "device": images.pixels.device.type}
-    identity |= {"augment": str(context.augment), "seed": context.seed}
-
-    def build(session: RunContext) -> Made:
-        how: Any = {"augment": context.augment, "seed": context.seed, "session": session}
-        return Prototype().fit(network, images, recipe, **how).state_dict(), {"epochs": float(recipe.epochs)}
-
-    weights, _ = cached_trigger("clean-network", identity, build, context.session)
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, TrainingError, require
 from sau.loop import RunContext
-from sau.models.steganography import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
+from sau.models.triggers import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
 from sau.optim import adam
 from sau.types import Bytes, Labels, Pixels, Scalar
 
