@@ -218,22 +218,18 @@ def test_missing_keys(refused, toy_content, tmp_path):
 
 ENTRY = "bd_test.bd_data_container.data_dict"
 WRONG = [
-    ("clean_data", "imagenet", "clean_data is 'imagenet'"),
-    ("model_name", "a\nb\x1b[2J", "unknown model"),
-    ("num_classes", 11, "num_classes is 11"),
-    ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
+    ("clean_data", "imagenet", "clean_data is 'imagenet'"), ("model_name", "a\nb\x1b[2J", "unknown model"),
+    ("num_classes", 11, "num_classes is 11"), ("img_size", (64, 64, 3), "img_size is (64, 64, 3)"),
     ("model.linear:bias", torch.zeros(11), "linear.bias has (11,)"),
     ("model.linear:weight", torch.zeros(1).expand(1 << 40), "claims shape [1099511627776]"),
     ("model.linear:bias", torch.zeros(10).to_sparse(), "dense"),
     ("bd_test.poison_indicator", np.full(20, 0.5), "whole numbers"),
     ("bd_test.poison_indicator", np.zeros(10_001), "the length of bd_test is 10001"),
     ("bd_test.poison_indicator", np.zeros(20), "0 of them triggered"),
-    ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"),
-    (ENTRY, {}, "KeyError(1)"),
-    (f"{ENTRY}.1.other_info", [10, 1], "0..9"),
-    (f"{ENTRY}.1.other_info", [0, 8], "missing"),
+    ("bd_test.original_index_array", np.array([1, 20]), "0 to 19"), (ENTRY, {}, "KeyError(1)"),
+    (f"{ENTRY}.1.other_info", [10, 1], "0..9"), (f"{ENTRY}.1.other_info", [0, 8], "missing"),
     (f"{ENTRY}.1.path", 3, "not as BackdoorBench writes it"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("place", "value", "word"), WRONG)

@@ -27,9 +27,7 @@ def test_shares_and_scores_print_themselves():
 
 @pytest.mark.parametrize(("hits", "total", "interval"), [
     (0, 10, (0.0, 27.75)),  # as R gives it: prop.test(0, 10, correct = FALSE)
-    (1, 10, (1.79, 40.42)),
-    (5, 10, (23.66, 76.34)),
-    (10, 10, (72.25, 100.0)),
+    (1, 10, (1.79, 40.42)), (5, 10, (23.66, 76.34)), (10, 10, (72.25, 100.0)),
     (81, 263, (25.53, 36.62)),  # 0.2553 to 0.3662 in table I of Newcombe 1998
     (15, 148, (6.24, 16.05)),  # the same table: 0.0624 to 0.1605
     (1, 29, (0.61, 17.18)),  # the same table: 0.0061 to 0.1718
@@ -155,8 +153,7 @@ def scored(acc: float, asr: float | None) -> Score:
     ((90, 50), (90, 0), 75.0),  # only what was there can fall
     ((90, 10), (95, 10), 50.0),  # a rise of ACC is no gain
     ((90, 10), (90, 60), 50.0),  # a rise of ASR is no loss
-    ((90, 10), (0, 60), 5.0),
-    ((100, 0), (0, 0), 0.0),
+    ((90, 10), (0, 60), 5.0), ((100, 0), (0, 0), 0.0),
     ((90, 10.03), (90, 10), 50.02),  # 50.015, of which two decimals are kept
 ])  # fmt: skip
 def test_der_by_cases(before, after, rating):

@@ -203,9 +203,7 @@ def test_floats_are_averaged_over_images_and_counts_summed():
 
 @pytest.mark.parametrize("save_every", [NEVER, ALWAYS, None, "in time"])
 @pytest.mark.parametrize(("broken", "name", "value"), [
-    ("loss", "model", torch.nan),
-    ("loss", "model", torch.inf),
-    ("weight", "model", torch.inf),
+    ("loss", "model", torch.nan), ("loss", "model", torch.inf), ("weight", "model", torch.inf),
     ("weight", "masks", torch.nan),
 ])  # fmt: skip
 def test_what_is_not_finite_stops_a_run_and_leaves_the_last_finite_checkpoint(broken, name, value, save_every):

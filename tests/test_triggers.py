@@ -125,15 +125,10 @@ SSBA_SETTINGS = {
 NARCISSUS_SETTINGS = {"attack_target": 1, "narcissus_eps": 0.1, "test_strength": 2.0, "trigger_updates": 5}
 
 
-@pytest.mark.parametrize(
-    ("module", "attack", "settings"),
-    [
-        (lf_search, LF(lf_optimise=True), LF_SETTINGS),
-        (ssba, SSBA(), SSBA_SETTINGS),
-        (surrogate, Narcissus(), NARCISSUS_SETTINGS),
-    ],
-    ids=["lf", "ssba", "narcissus"],
-)
+@pytest.mark.parametrize(("module", "attack", "settings"), [
+    (lf_search, LF(lf_optimise=True), LF_SETTINGS), (ssba, SSBA(), SSBA_SETTINGS),
+    (surrogate, Narcissus(), NARCISSUS_SETTINGS),
+], ids=["lf", "ssba", "narcissus"])  # fmt: skip
 def test_whatever_changes_a_trigger_makes_it_another_one(module, attack, settings, monkeypatch):
     """Or one that was made for other settings would be taken from the cache; what comes after it changes nothing."""
     keys, clean = list[str](), [tiny_net()]
