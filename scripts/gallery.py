@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sau import quality
-from sau.attack import ATTACKS, LC, SSBA, Attack, InputAware, Narcissus
+from sau.attack import ATTACKS, LC, SSBA, Attack, InputAware
 from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint, load
 from sau.errors import SauError, run_command
@@ -69,7 +69,7 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     own = recorded(attack, fingerprint(test), Path(asked.record_root))
     if own is not None:
         triggered, note = own[0], f"from the record {own[1].path.name}"
-    elif attack in (SSBA, InputAware, LC, Narcissus):
+    elif attack in (SSBA, InputAware, LC):
         how = f"make one with: python attack/{attack.name}.py --dataset {asked.dataset}"
         return Line(attack, None, None, None, f"no trained trigger here; {how}")
     else:

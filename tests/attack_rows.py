@@ -8,9 +8,8 @@ import pytest
 import torch
 from toys import quiet, tiny_net, toy_images
 
-from sau.attack import BPP, LC, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Narcissus, Prototype, WaNet
+from sau.attack import BPP, LC, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.adaptive import AdapBlend, AdapPatch
-from sau.attack.triggers import TensorTrigger
 from sau.models.triggers import Encoder, FixedCodeEncoder
 from sau.optim import Training
 
@@ -51,7 +50,6 @@ ROWS = {
     "adap_blend": Row(AdapBlend(), {"pratio": 0.1, "cover_rate": 0.1}),
     "adap_patch": Row(AdapPatch(), {"pratio": 0.1, "cover_rate": 0.1}),
     "lc": Row(LC(lc_steps=5).with_trigger(tiny_net().eval().requires_grad_(False)), {"pratio": 0.2, "lc_steps": 5}),
-    "narcissus": Row(Narcissus().with_trigger(TensorTrigger(torch.full((3, 16, 16), 0.1))), None),
 }
 
 

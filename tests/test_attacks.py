@@ -15,22 +15,7 @@ from checkpoints import Stopping, Tape
 from PIL import Image
 from toys import quiet, refuses, same_weights, tiny_net, toy_images, train_victim
 
-from sau.attack import (
-    ATTACKS,
-    BPP,
-    LF,
-    SIG,
-    SSBA,
-    Attack,
-    BadNet,
-    Blended,
-    InputAware,
-    Narcissus,
-    Prototype,
-    WaNet,
-    in_batch,
-    surrogate,
-)
+from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, in_batch
 from sau.attack.adaptive import AdapBlend, AdapPatch, patches
 from sau.attack.blended import sailing_boat
 from sau.config import options
@@ -53,7 +38,7 @@ def with_(attack: Attack, **changes) -> Any:
 def test_every_attack_has_its_module_and_its_help(name):
     attack = ATTACKS[name]
     assert set(ROWS) == set(ATTACKS)
-    assert attack.name == name and attack.__module__.split(".")[-1] in (name, "adaptive", "surrogate")
+    assert attack.name == name and attack.__module__ in (f"sau.attack.{name}", "sau.attack.adaptive")
     assert attack.__doc__ and all(option.help for option in options(attack).values())
 
 
@@ -700,19 +685,3 @@ def test_lc_by_hand():
     assert torch.equal(lc.stamp(x, test=True), (x + c).clamp(0, 1))
     assert torch.equal(lc.stamp(x), (x + e + c).clamp(0, 1)) and 0 < float(e.abs().max()) <= 8 / 255 + 1e-6
     assert F.cross_entropy(lc.trigger(x + e), target) > F.cross_entropy(lc.trigger(x), target) + 0.01
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_narcissus_by_hand(monkeypatch):
-    """A change that the surrogate takes for the target class; three times of it in testing."""
-    net, images, y = train_victim(Prototype(), toy_images(200)), toy_images(40), torch.ones(10, dtype=torch.long)
-    monkeypatch.setattr(surrogate, "train_clean", lambda context: net.requires_grad_(False))
-    attack = Narcissus(attack_target=1, trigger_updates=40).fit_trigger(images, net, Training(), session=quiet())
-    d, x = attack.trigger.values, to_float(images.pixels)
-    for test, times in ((False, 1), (True, 3)):
-        assert torch.allclose(attack.stamp(x, test=test), (x + times * d).clamp(0, 1))
-    assert float(d.abs().max()) == pytest.approx(16 / 255)
-    mine, others = x[images.labels == 1], x[images.labels != 1]
-    assert F.cross_entropy(net(attack.stamp(mine)), y) < F.cross_entropy(net(mine), y)
-    led = (net(attack.stamp(others, test=True)).argmax(1) == 1).float().mean()
-    assert attack.trigger.figures == {"percent_led_without_backdoor": pytest.approx(100 * float(led))}

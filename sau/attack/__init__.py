@@ -13,22 +13,19 @@ from sau.attack.base import Attack as Attack
 from sau.attack.blended import Blended as Blended
 from sau.attack.bpp import BPP as BPP
 from sau.attack.inputaware import InputAware as InputAware
+from sau.attack.lc import LC as LC
 from sau.attack.lf import LF as LF
 from sau.attack.prototype import Prototype as Prototype
 from sau.attack.sig import SIG as SIG
 from sau.attack.ssba import SSBA as SSBA
-from sau.attack.surrogate import LC as LC
-from sau.attack.surrogate import Narcissus as Narcissus
 from sau.attack.triggers import TensorTrigger
 from sau.attack.wanet import WaNet as WaNet
 from sau.errors import RecordError
 
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack
-    for attack in (
-        Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch, LC, Narcissus,
-    )
-}  # fmt: skip
+    for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch, LC)
+}
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
 
 
