@@ -114,4 +114,4 @@ def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
     assert {f"bench_{part}.json" for part in bench.PARTS} <= {file.name for file in (tmp_path / "out").iterdir()}
-    assert done.stdout.count("| badnet folder ") == 3
+    assert done.stdout.count("\n| badnet ") == 4
