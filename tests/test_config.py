@@ -49,13 +49,23 @@ def test_the_published_settings_of_sau_are_its_defaults():
 
 
 @pytest.mark.parametrize(("hint", "expected", "values"), [
-    (bool, True, ("True", "TRUE", "1", 1, True)), (bool, False, ("False", "0", 0, False)),
-    (float, 1e-4, ("1e-4", 1e-4)), (float, 3.0, ("3", 3)), (float, -0.5, ("-.5",)), (int, 7, ("7", " 7 ")),
-    (int, -7, ("-7",)), (tuple[int, ...], (60, 90), ("60,90", "60, 90", "[60, 90]", [60, 90])),
-    (tuple[float, ...], (0.9, 0.999), ((0.9, 0.999),)), (tuple[int, ...], (), ("",)),
-    (int | None, None, ("none", "None", "auto", "null", None)), (bool | None, None, ("auto", None)),
-    (int | None, 3, ("3",)), (bool | None, True, ("true",)), (str, "2024", (2024,)),
-    (str | None, "x.png", ("x.png",)), (Literal["Adam", "sgd"], "Adam", ("Adam", "adam", "ADAM")),
+    (bool, True, ("True", "TRUE", "1", 1, True)),
+    (bool, False, ("False", "0", 0, False)),
+    (float, 1e-4, ("1e-4", 1e-4)),
+    (float, 3.0, ("3", 3)),
+    (float, -0.5, ("-.5",)),
+    (int, 7, ("7", " 7 ")),
+    (int, -7, ("-7",)),
+    (tuple[int, ...], (60, 90), ("60,90", "60, 90", "[60, 90]", [60, 90])),
+    (tuple[float, ...], (0.9, 0.999), ((0.9, 0.999),)),
+    (tuple[int, ...], (), ("",)),
+    (int | None, None, ("none", "None", "auto", "null", None)),
+    (bool | None, None, ("auto", None)),
+    (int | None, 3, ("3",)),
+    (bool | None, True, ("true",)),
+    (str, "2024", (2024,)),
+    (str | None, "x.png", ("x.png",)),
+    (Literal["Adam", "sgd"], "Adam", ("Adam", "adam", "ADAM")),
 ])  # fmt: skip
 def test_values_that_are_accepted(hint, expected, values):
     converted = [convert(value, hint) for value in values]
@@ -63,10 +73,13 @@ def test_values_that_are_accepted(hint, expected, values):
 
 
 @pytest.mark.parametrize(("hint", "values"), [
-    (bool, ("yes", "2", "", None)), (int, ("1.5", "1e3", "one", "", 1.5, True, None, [1], {}, "9" * 5000)),
+    (bool, ("yes", "2", "", None)),
+    (int, ("1.5", "1e3", "one", "", 1.5, True, None, [1], {}, "9" * 5000)),
     (float, ("a", "nan", "inf", "1e39", True, [0.1], {"a": 1})),
-    (tuple[int, ...], ("60,a", [60, 1.5], [None], {"a": 1})), (Literal["adam", "sgd"], ("lion", "", None, 3)),
-    (int | None, ("nothing", "0.5", [["none"]])), (str, ([1], {"a": 1}, None, True)),
+    (tuple[int, ...], ("60,a", [60, 1.5], [None], {"a": 1})),
+    (Literal["adam", "sgd"], ("lion", "", None, 3)),
+    (int | None, ("nothing", "0.5", [["none"]])),
+    (str, ([1], {"a": 1}, None, True)),
 ])  # fmt: skip
 def test_values_that_are_refused(hint, values):
     for value in values:
@@ -91,7 +104,8 @@ def test_a_switch_needs_no_value():
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["--step", "1"], ["no flag", "--step", "--steps"]),  # no abbreviations
-    (["--zzzzzz"], ["no flag", "--zzzzzz"]), (["--lr", "1", "2"], ["'2'", "no flag"]),
+    (["--zzzzzz"], ["no flag", "--zzzzzz"]),
+    (["--lr", "1", "2"], ["'2'", "no flag"]),
     (["--lr=1", "--lr", "2"], ["--lr is '1'", "'2'"]),
     (["--lr", "1", "--learning_rate", "2"], ["--lr is '1'", "--learning_rate is '2'"]),
     (["-n", "4", "--num_workers", "2"], ["-n is '4'", "--num_workers is '2'"]),
@@ -214,11 +228,18 @@ def test_overlays_of_recipe_and_data_set(tmp_path):
 
 @pytest.mark.parametrize(("key", "text"), [
     ("cannot read", ""),  # no file
-    ("step", "lr: 1\nstep: 2\n"), ("lr", "lr: 1\nsteps: 2\nlr: 1\n"),
-    ("learning_rate", "lr: 1\nlearning_rate: 2\n"), ("steps", "steps: 2.5\n"), ("lr", "lr: {a: 1}\n"),
-    ("mapping", "- lr\n- steps\n"), ("step", "recipes:\n  cpu:\n    step: 2\n"),
-    ("cpuu", "recipes:\n  cpuu: {lr: 1}\n"), ("cpu", "recipes: {cpu: 1, cpu: 2}\n"), ("datasets", "datasets: 3\n"),
-    ("os.system", "lr: !!python/object/apply:os.system ['touch canary']\n"), ("abc", "steps: !!int abc\n"),
+    ("step", "lr: 1\nstep: 2\n"),
+    ("lr", "lr: 1\nsteps: 2\nlr: 1\n"),
+    ("learning_rate", "lr: 1\nlearning_rate: 2\n"),
+    ("steps", "steps: 2.5\n"),
+    ("lr", "lr: {a: 1}\n"),
+    ("mapping", "- lr\n- steps\n"),
+    ("step", "recipes:\n  cpu:\n    step: 2\n"),
+    ("cpuu", "recipes:\n  cpuu: {lr: 1}\n"),
+    ("cpu", "recipes: {cpu: 1, cpu: 2}\n"),
+    ("datasets", "datasets: 3\n"),
+    ("os.system", "lr: !!python/object/apply:os.system ['touch canary']\n"),
+    ("abc", "steps: !!int abc\n"),
     ("month", "path: 2024-13-01\n"),  # looks like a date and is none
     *(("", text) for text in ("? [a, b]\n: 1\n", "lr: [1\n", "a: *b\n", "--- 1\n--- 2\n", "[" * 1200, "\xff")),
 ])  # fmt: skip

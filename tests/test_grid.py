@@ -182,21 +182,30 @@ def test_a_clone_repeats_no_finished_cell(tmp_path):
 # Refusals: by the key
 
 BAD = {
-    "seedz": SMALL + "seedz: [0]\n", "badnets": SMALL.replace("badnet,", "badnets,"),
-    "clip": SMALL.replace("clp", "clip"), "attacks": "dataset: digits\n", "saw": SMALL + "  saw: {lr: 1}\n",
+    "seedz": SMALL + "seedz: [0]\n",
+    "badnets": SMALL.replace("badnet,", "badnets,"),
+    "clip": SMALL.replace("clp", "clip"),
+    "attacks": "dataset: digits\n",
+    "saw": SMALL + "  saw: {lr: 1}\n",
     "overrides: ft: epochz": SMALL.replace("ft: {epochs", "ft: {epochz"),
-    "epochs": SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"), "threads": SMALL + "threads: 0\n",
-    "recipe is fast": SMALL + "recipe: fast\n", "seeds is": SMALL + "seeds: [-1]\n",
+    "epochs": SMALL.replace("ft: {epochs: 1", "ft: {epochs: many"),
+    "threads": SMALL + "threads: 0\n",
+    "recipe is fast": SMALL + "recipe: fast\n",
+    "seeds is": SMALL + "seeds: [-1]\n",
     "random_seed": SMALL.replace("ft: {epochs: 1", "ft: {random_seed: 1"),
     "overwrite": SMALL.replace("ft: {epochs: 1", "ft: {overwrite: true"),
-    "overrides.badnet.pratio": SMALL + "  badnet: {pratio: 0.2}\n", "index": SMALL + "  clp: {index: mine.txt}\n",
-    "blocks[0]: published": SMALL + "blocks:\n  - {published: x}\n", "gpus": SMALL + "gpus: 2\n",
-    "blocks[0]: memory_gb": SMALL + "blocks:\n  - {memory_gb: 1}\n", "blocks": SMALL + "blocks: {seeds: [0]}\n",
+    "overrides.badnet.pratio": SMALL + "  badnet: {pratio: 0.2}\n",
+    "index": SMALL + "  clp: {index: mine.txt}\n",
+    "blocks[0]: published": SMALL + "blocks:\n  - {published: x}\n",
+    "gpus": SMALL + "gpus: 2\n",
+    "blocks[0]: memory_gb": SMALL + "blocks:\n  - {memory_gb: 1}\n",
+    "blocks": SMALL + "blocks: {seeds: [0]}\n",
     "overrides: ft": SMALL.replace("{epochs: 1}\n", "3\n"),
     "ratio": SMALL.replace("clean_shares: [0.1]", "clean_shares: [5]"),
     "patch_mask_path": SMALL + "  badnet: {patch_mask_path: nowhere.png}\n",
-    "memory_gb": SMALL + "memory_gb: .nan\n", "include": "include: grid.yaml\n",
-}  # fmt: skip
+    "memory_gb": SMALL + "memory_gb: .nan\n",
+    "include": "include: grid.yaml\n",
+}
 
 
 @pytest.mark.parametrize("key", BAD)

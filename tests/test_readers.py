@@ -231,16 +231,20 @@ def empty(place: str) -> Callable[[Path], None]:
 
 CLASS, FINAL, ANNOTATIONS = "gtsrb/GTSRB/Training/00003", "gtsrb/GT-final_test.csv", f"{TINY}/val/val_annotations.txt"
 BAD_TREES = [
-    (gtsrb, remove("gtsrb"), "torchvision.datasets.GTSRB"), (gtsrb, empty(CLASS), "00003"),
-    (gtsrb, remove(FINAL), "GT-final_test.csv"), (gtsrb, swap(";40\n", ";43\n", FINAL), "0..42"),
+    (gtsrb, remove("gtsrb"), "torchvision.datasets.GTSRB"),
+    (gtsrb, empty(CLASS), "00003"),
+    (gtsrb, remove(FINAL), "GT-final_test.csv"),
+    (gtsrb, swap(";40\n", ";43\n", FINAL), "0..42"),
     (gtsrb, lambda root: os.truncate(root / CLASS / "00001.ppm", 40), "00001.ppm"),
-    (tiny, remove(TINY), "tiny-imagenet-200.zip"), (tiny, remove(ANNOTATIONS), "val_annotations.txt"),
-    (tiny, swap("n02", "n07", ANNOTATIONS), "n07"), (folder, remove("train"), "train"),
+    (tiny, remove(TINY), "tiny-imagenet-200.zip"),
+    (tiny, remove(ANNOTATIONS), "val_annotations.txt"),
+    (tiny, swap("n02", "n07", ANNOTATIONS), "n07"),
+    (folder, remove("train"), "train"),
     (folder, lambda root: [remove(f"{half}/cat")(root) for half in ("train", "test")], "1 class folders"),
     (folder, empty("train/dog"), "dog"),
     (folder, lambda root: (root / "test/cat").rename(root / "test/CAT"), "CAT"),
     (folder, lambda root: (root / "train/dog/notes.txt").write_text("text"), "dog/notes.txt"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("read", "spoil", "named"), BAD_TREES)
@@ -252,11 +256,14 @@ def test_a_bad_tree_is_refused_and_the_file_named(read, spoil, named, tmp_path):
 
 
 BAD_BATCHES = {
-    "floats": {"data": np.zeros((20, 3072), np.float32)}, "objects": {"data": np.zeros((20, 3072), object)},
+    "floats": {"data": np.zeros((20, 3072), np.float32)},
+    "objects": {"data": np.zeros((20, 3072), object)},
     "another width": {"data": np.zeros((20, 1024), np.uint8)},
-    "fewer images": {"data": np.zeros((19, 3072), np.uint8)}, "a class above": {"fine_labels": [100] * 20},
-    "a function": {"filenames": np.random.rand}, "a class of Python": {"filenames": Path("x")},
-}  # fmt: skip
+    "fewer images": {"data": np.zeros((19, 3072), np.uint8)},
+    "a class above": {"fine_labels": [100] * 20},
+    "a function": {"filenames": np.random.rand},
+    "a class of Python": {"filenames": Path("x")},
+}
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)

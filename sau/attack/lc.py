@@ -56,7 +56,7 @@ class LC(Attack):
             return F.cross_entropy(network(x + e), target, reduction="none")
 
         ball = Ball(norm="L_inf", eps=self.lc_eps, clip=True)
-        return pgd(loss, x, torch.zeros_like(x), ball, steps=self.lc_steps, lr=self.lc_step_size)
+        return pgd(loss, x, ball.start(x, "zero"), ball, steps=self.lc_steps, lr=self.lc_step_size)
 
 
 @cache
