@@ -13,7 +13,7 @@ from sau.loop import Session
 from sau.models import build
 from sau.util import markdown
 
-IMAGES = 256
+IMAGES, SIZE = 2500, 16  # as many as published, for what a defense does once; small ones, for speed
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -23,8 +23,8 @@ def cost(args: argparse.Namespace) -> None:
     several stages, like NC, has a round of each.
     """
     torch.manual_seed(0)
-    x, y = torch.rand(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10
-    network = build("preactresnet18", 10, width=8, shape=[3, 32, 32], mean=[0.5] * 3, std=[0.25] * 3).eval()
+    x, y = torch.rand(IMAGES, 3, SIZE, SIZE), torch.arange(IMAGES) % 10
+    network = build("preactresnet18", 10, width=8, shape=[3, SIZE, SIZE], mean=[0.5] * 3, std=[0.25] * 3).eval()
     unit, body = IMAGES * forward_flops(network, x), []
     for name in args.defenses:
         require("DEFENSE", name, name in DEFENSES, f"one of {', '.join(DEFENSES)}")

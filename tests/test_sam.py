@@ -121,7 +121,7 @@ def test_a_step_is_the_formulas_in_double_precision(weight_true):
     twin = copy.deepcopy(net)
     method = SAUSAM(
         eps=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero", rho=RHO, label_smoothing=SMOOTHING, lr=LR,
-        weight_true=weight_true, weight_shared=1.5, sgd_momentum=0.0, wd=0.0, lr_scheduler="constant",
+        weight_true=weight_true, weight_shared=1.5, patches=0.0, sgd_momentum=0.0, wd=0.0, lr_scheduler="constant",
     )  # fmt: skip
 
     search = ReleasedSAU(twin, reference, trigger_norm=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero")
@@ -166,19 +166,20 @@ def test_the_search_starts_at_random_inside_the_ball():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(SAUSAM(eps=EPS).search({"model": net, "_reference": reference}, x, y)[0])
+        found.append(SAUSAM(eps=EPS, patches=0.0).search({"model": net, "_reference": reference}, x, y)[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert ((found[0] - x).abs() <= EPS + 1e-12).all()
 
 
 def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
     """In proportion to the root of the number of weights."""
-    method = SAUSAM()
+    method = SAUSAM(patches=0.0)
     for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
         assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
     few = method.adapted(PreActResNet18(width=16), 100)
-    assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05) and few.adv_steps == 5
-    assert method.adapted(PreActResNet18(width=16), 2500) == method
+    assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05)
+    assert (few.adv_steps, few.patches) == (5, 0.5)
+    assert method.adapted(PreActResNet18(width=16), 2500) == method and SAUSAM().patches == 0.3
 
 
 def test_the_cost_is_counted_in_forward_passes(script):

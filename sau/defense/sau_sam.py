@@ -2,7 +2,8 @@
 
 With h the network being purified (softmax p), h_b the backdoored one, a ball S and clean pairs (x, y):
 
-    inner   x' = x + e: SAU's inner problem over S, from a random start, both networks in eval mode
+    inner   x' = x + e: SAU's inner problem over S, from a random start, both networks in eval mode;
+            of a share `patches` of the images x' is x under one of SAU's patches, which all images share
     loss    L(w) = CE(h(x), y) + l2 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, is_published, weight_rate
+from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
@@ -44,7 +45,6 @@ class SAUSAM(TrainingDefense):
     name = "sau-sam"
     gradients = "images"
     few_suffice = True
-    later = ("patches",)
 
     epochs: int = 10
     batch_size: int = 128
@@ -57,15 +57,15 @@ class SAUSAM(TrainingDefense):
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
-    patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
+    patches: float = param(0.3, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """On other networks, or with fewer than 2,000 images, half of the images get a patch. With so few, or without
-        batch norm, there are as many updates as in 20 rounds, chosen on 143 images of digits, at a rate that falls as
-        rho; without batch norm by Adam, and the search is SAU's."""
+        """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, chosen on 143
+        images of digits, at a rate that falls as rho, and half of the images get a patch; without batch norm by Adam,
+        and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
-            return self if is_published(model) else replace(self, patches=0.5)
+            return self
         how: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
         if not norm:
             how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
