@@ -17,7 +17,6 @@ trigger.
 
 import copy
 import math
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
