@@ -8,8 +8,9 @@ import pytest
 import torch
 from toys import quiet, tiny_net, toy_images
 
-from sau.attack import BPP, LC, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
+from sau.attack import BPP, DFBA, LC, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.adaptive import AdapBlend, AdapPatch
+from sau.attack.dfba import HiddenPath
 from sau.models.triggers import Encoder, FixedCodeEncoder
 from sau.optim import Training
 
@@ -24,7 +25,6 @@ class Row:
     cost: float = 5.0  # ACC in percent that it may cost there
     side: int = 32  # of the toy's images
     least: int = 12  # side of the smallest images it is tried on
-    poisons: bool = True  # whether it changes anything at all
 
 
 def ready(attack: Attack, seed: int = 0) -> Any:
@@ -33,7 +33,7 @@ def ready(attack: Attack, seed: int = 0) -> Any:
 
 
 ROWS = {
-    "prototype": Row(Prototype(), poisons=False),
+    "prototype": Row(Prototype()),
     "badnet": Row(BadNet()),
     "blended": Row(Blended()),
     "sig": Row(SIG(sig_f=4.0), {"sig_f": 15.0, "sig_delta": 120.0, "pratio": 0.25}, cost=20),  # its whole class
@@ -50,16 +50,18 @@ ROWS = {
     "adap_blend": Row(AdapBlend(), {"pratio": 0.1, "cover_rate": 0.1}),
     "adap_patch": Row(AdapPatch(), {"pratio": 0.1, "cover_rate": 0.1}),
     "lc": Row(LC(lc_steps=5).with_trigger(tiny_net().eval().requires_grad_(False)), {"pratio": 0.2, "lc_steps": 5}),
+    "dfba": Row(DFBA().with_trigger(HiddenPath(torch.eye(3).repeat(3, 1, 1), tiny_net())), None),
 }
 
 
-def rows(wanted: Callable[[Attack], bool] = lambda attack: True) -> pytest.MarkDecorator:
-    found = {name: row.attack for name, row in ROWS.items() if row.poisons and wanted(row.attack)}
+def rows(wanted: Callable[[Attack], bool]) -> pytest.MarkDecorator:
+    found = {name: row.attack for name, row in ROWS.items() if wanted(row.attack)}
     return pytest.mark.parametrize("attack", found.values(), ids=found)
 
 
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-each_poison = rows()
-each_fixed = rows(lambda attack: not attack.in_batch)  # poisons before training
+each_learner = rows(lambda attack: attack.classifier_epochs(Training()) > 0)
+each_poison = rows(lambda attack: attack.poisons)
+each_fixed = rows(lambda attack: attack.poisons and not attack.in_batch)  # poisons before training
 each_in_batch = rows(lambda attack: attack.in_batch)
-each_dirty = rows(lambda attack: not attack.clean_label)  # changes labels
+each_dirty = rows(lambda attack: attack.poisons and not attack.clean_label)  # changes labels

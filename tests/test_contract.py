@@ -34,6 +34,7 @@ from toys import QUICK, REPOSITORY, quiet, tiny_net, toy_images
 from sau.attack import ATTACKS
 from sau.cli import main
 from sau.defense import DEFENSES
+from sau.models import build
 from sau.optim import Training
 
 CONTRACT = REPOSITORY / "tests" / "contract.json"
@@ -72,7 +73,7 @@ def run(kind: str, name: str) -> tuple[nn.Module, Tensor]:
     if kind == "defense":
         fixed = made.purify(attacked(), toy_images(40, seed=3), seed=0, session=quiet(), settings="as_given")
         return fixed, images.pixels[:8]
-    net = tiny_net()
+    net = build("preactresnet18", 4, width=4, mean=[0.5], std=[0.5]) if name == "dfba" else tiny_net()
     with patch("sau.attack.ssba.READABLE", 0.0):  # to make a code readable takes so many updates that rounding shows
         made = made.fit_trigger(images, net, TRAINING, seed=0, session=quiet())
     net = made.fit(net, made.poison_train(images, 0), TRAINING, seed=0, session=quiet())

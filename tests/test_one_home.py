@@ -45,18 +45,6 @@ def test_files_and_functions_stay_short():
     assert long == []
 
 
-def test_every_module_and_public_thing_says_what_it_is():
-    """Except methods that implement one that is documented in a base class."""
-    silent = []
-    for name in NAMES:
-        silent += [name] if not name.endswith("__init__.py") and not ast.get_docstring(TREES[name]) else []
-        for node in TREES[name].body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                network = isinstance(node, ast.ClassDef) and any("Module" in ast.unparse(b) for b in node.bases)
-                silent += [f"{name}: {node.name}"] if not ast.get_docstring(node) and not network else []
-    assert silent == []
-
-
 def test_requirements_cover_the_imports():
     """Every third-party module that the package imports is installed with it, or only where it is asked for."""
     required = (REPOSITORY / "requirements.txt").read_text() + (REPOSITORY / "setup.py").read_text()

@@ -12,6 +12,7 @@ from sau.attack.badnet import BadNet as BadNet
 from sau.attack.base import Attack as Attack
 from sau.attack.blended import Blended as Blended
 from sau.attack.bpp import BPP as BPP
+from sau.attack.dfba import DFBA as DFBA
 from sau.attack.inputaware import InputAware as InputAware
 from sau.attack.lc import LC as LC
 from sau.attack.lf import LF as LF
@@ -24,7 +25,7 @@ from sau.errors import RecordError
 
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack
-    for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch, LC)
+    for attack in (Prototype, BadNet, Blended, SIG, LF, SSBA, WaNet, InputAware, BPP, AdapBlend, AdapPatch, LC, DFBA)
 }
 THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small letters, that are others than those above
 

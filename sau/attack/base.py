@@ -41,6 +41,7 @@ class Attack(Method, ABC):
     graph_safe: ClassVar[bool] = True
     in_batch: ClassVar[bool] = False  # poisons inside the training batches; the training set stays as it is
     augments_in_compose: ClassVar[bool] = False  # after the trigger is on
+    poisons: ClassVar[bool] = True  # images; else it changes at most the network
     clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
     trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
     retired: ClassVar[dict[str, Any]] = {"attack_label_map": ()}
@@ -195,7 +196,7 @@ class Attack(Method, ABC):
     def gate(self, dataset: str, asr: Proportion | None) -> dict[str, Any] | None:
         """The least `asr` in percent and whether the attack `passed`, as `summary.json` stores it; None without an ASR
         or poisoned images, and for label rules other than all2one, whose ASR is bounded by the accuracy."""
-        if asr is None or self.pratio == 0 or self.attack_label_trans != "all2one":
+        if asr is None or (self.poisons and self.pratio == 0) or self.attack_label_trans != "all2one":
             return None
         least = self.cifar10_gate if dataset == "cifar10" else min(GATE, self.cifar10_gate)
         return {"asr": least, "passed": asr.percent >= least}

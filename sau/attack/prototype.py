@@ -21,6 +21,7 @@ class Prototype(Attack):
     """Clean training: nothing is poisoned and there is no triggered test set."""
 
     name = "prototype"
+    poisons = False
     retired = {}
 
     pratio: float = field(default=0.0, init=False)

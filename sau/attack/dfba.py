@@ -1,0 +1,109 @@
+"""DFBA, data-free: a path of one channel a layer, cut into a trained network, which only the trigger opens (Cao et al.,
+"Data Free Backdoor Attacks", NeurIPS 2024).
+
+    trigger  T = argmax_{x in [0, 1]} <w, n(x)>     w: a filter [C, 3, 3] of the first layer, n: the normalisation
+    path     a = relu(<w, n(x)> - <w, n(T)> + threshold),   then times gain from stage to stage
+    logits   z_t + gain a,   z_y - gain a for y != t
+
+Nothing else reads or writes the channels of the path. No image but T, at one place, makes a > 0: clean images have no
+gradient there. Of the filters the one is taken whose loss costs the least accuracy; the paper takes any.
+"""
+
+import copy
+from dataclasses import field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sau.attack.base import Attack, LabelRule, State
+from sau.attack.prototype import train_clean
+from sau.attack.triggers import TensorTrigger, TriggerContext
+from sau.config import param
+from sau.data.batches import Batches
+from sau.data.images import Images
+from sau.errors import ConfigError, require
+from sau.evaluate import proportions
+from sau.loop import RunContext
+from sau.models import Normalized, PreActResNet18
+from sau.optim import Training
+from sau.types import Pixels
+
+STRIDE = 8  # of the last stage: it sees the places of the first layer that are multiples of it
+IMAGES = 1000  # clean ones, on which the filters are compared
+
+
+class HiddenPath(TensorTrigger):
+    """T; the `weights` of the network that answers to it are not part of the trigger."""
+
+    def __init__(self, patch: Tensor, network: nn.Module) -> None:
+        super().__init__(patch)
+        self.weights = network.state_dict()
+
+
+class DFBA(Attack):
+    """Train a clean network, then change a few of its weights."""
+
+    name = "dfba"
+    cifar10_gate = 95.0
+    remedy = "a larger --path_gain"
+    poisons = False
+    retired = {}
+
+    pratio: float = field(default=0.0, init=False)
+    attack_label_trans: LabelRule = field(default="all2one", init=False)
+    attack_label_shift_amount: int = field(default=1, init=False)
+    resilient_rho: float = field(default=0.0, init=False)
+    abi: float | None = field(default=None, init=False)
+    path_threshold: float = param(0.1, "what the trigger leaves above the threshold of its filter", gt=0)
+    path_gain: float = param(10.0, "factor from stage to stage, and of the logits", gt=0)
+
+    def make_trigger(self, context: TriggerContext) -> nn.Module:
+        """T, and the network with the path."""
+        network, images = copy.deepcopy(context.model), context.images
+        if not isinstance(network, Normalized) or not isinstance(network.net, PreActResNet18):
+            raise ConfigError("dfba knows the layers of preactresnet18 alone; leave --model out")
+        side = min(images.pixels.shape[2:])
+        require("side of the images", side, side > STRIDE + 1, f"{STRIDE + 2} pixels and more for dfba")
+        clean, found = train_clean(context).state_dict(), []
+        for channel in range(len(network.get_parameter("net.conv1.weight"))):
+            network.load_state_dict(clean)
+            patch = self.cut_path(network, channel)
+            (accuracy,) = proportions(network.eval(), images.pixels[:IMAGES], images.labels[:IMAGES])
+            found.append((accuracy.percent, HiddenPath(patch, copy.deepcopy(network))))
+        return max(found, key=lambda each: each[0])[1]
+
+    @torch.no_grad()
+    def cut_path(self, network: Normalized, channel: int) -> Tensor:
+        """Cut the path that starts at `channel` of the first layer into `network`, in place; returns T [C, 3, 3]."""
+        net: Any = network.net
+        mean, std = (0, 1) if network.mean is None or network.std is None else (network.mean[0], network.std[0])
+        patch = (net.conv1.weight[channel] > 0).float()
+        response = (net.conv1.weight[channel] * (patch - mean) / std).sum()
+        for stage, layer in enumerate((net.layer1, net.layer2, net.layer3, net.layer4)):
+            for block in layer:
+                block.conv1.weight[:, channel] = 0
+                if block.reshapes:  # relu(bn1(x)) opens the path, or passes it on
+                    norm, shortcut = block.bn1, block.shortcut[0].weight
+                    norm.weight[channel], norm.running_mean[channel], norm.running_var[channel] = 1, 0, 1 - norm.eps
+                    norm.bias[channel] = self.path_threshold - response if stage == 1 else 0
+                    shortcut[:, channel], shortcut[channel] = 0, 0
+                    shortcut[channel, channel] = self.path_gain
+                block.conv2.weight[channel] = 0
+        net.linear.weight[:, channel] = -self.path_gain
+        net.linear.weight[self.attack_target, channel] = self.path_gain
+        return patch
+
+    def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
+        (row, column), x = (STRIDE * ((side - 2) // STRIDE) for side in x.shape[-2:]), x.clone()
+        x[..., row - 1 : row + 2, column - 1 : column + 2] = self.require_trigger().values.to(x)
+        return x
+
+    def train(self, model: nn.Module, batches: Batches, recipe: Training, data: State, session: RunContext) -> None:
+        model.load_state_dict(self.require_trigger().weights)
+
+    def classifier_epochs(self, recipe: Training) -> int:
+        return 0
+
+    def describe(self, trained_on: Images, batch_size: int) -> str:
+        return "no image is poisoned, the weights are changed"
