@@ -6,6 +6,7 @@ these, or one of these `| None`.
 
 import difflib
 import inspect
+import math
 import os
 import reprlib
 import typing
@@ -166,6 +167,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 # Settings from flags and YAML files
+
+
+def at_most(bound: float) -> str:
+    """The largest number of four digits that is not above `bound`, which is above 0."""
+    text = f"{bound:.4g}"
+    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
 
 
 class Setting(NamedTuple):

@@ -28,9 +28,8 @@ from sau.pgd import Search
 from sau.quality import magnified
 from sau.record.folder import Record
 from sau.report.cells import Section
-from sau.report.results import NONE, read_metrics
+from sau.report.results import NONE, marked, read_metrics
 from sau.risk import measure
-from sau.util import marked
 
 Style = tuple[str, str | None, str]  # label, colour, line style or hatch
 Rows = Sequence[Mapping[str, float]]  # of `metrics.jsonl`

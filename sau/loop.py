@@ -12,28 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sau.data.batches import RngState, get_rng_state, set_rng_state
 from sau.errors import TrainingError
 from sau.models.normalized import is_finite
 from sau.types import Batched
-from sau.util import duration
 
 LARGE = 2**24  # bytes of a checkpoint that is not written after every epoch, for that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
 RECENT = 50  # updates of which a slow one is expected to come again
-RngState = dict[str, Any]  # of torch's global generators
-
-
-def get_rng_state() -> RngState:
-    """The state of torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state: RngState) -> None:
-    """Restore the state; a run may resume with more or fewer CUDA devices."""
-    torch.set_rng_state(state["cpu"])
-    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(cuda, device)
 
 
 class Limit:
@@ -122,7 +108,7 @@ class RunContext:
         return replace(self, stage=stage)
 
 
-Session = RunContext
+Session = RunContext  # its earlier name
 
 
 @dataclass
@@ -291,6 +277,14 @@ class _Progress:
         self.place, self.epoch_rng, self.rng = _Place(**kept["place"]), kept["begin"], kept["now"]
         batch = f", batch {self.place.batch}" if self.place.batch else ""
         self.session.say(f"resuming after {self.label} {self.place.epoch}{batch}")
+
+
+def duration(seconds: float) -> str:
+    """Like 45 s, 12 min or 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def short(value: float) -> str:

@@ -15,8 +15,7 @@ import yaml
 
 from sau.report.cells import DEAD
 from sau.report.results import NONE, Result, find_results, mean_std
-from sau.report.tables import Row, mean_row, published
-from sau.util import markdown
+from sau.report.tables import Row, markdown, mean_row, published
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE, NEWER = "table1_cpu", "newer_cpu"  # of docs/results; the second for attacks that the first lacks

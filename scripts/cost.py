@@ -9,9 +9,9 @@ from bench_parts.measure import flops, forward_flops
 from sau.data.batches import clean_batches
 from sau.defense import DEFENSES
 from sau.errors import require
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import build
-from sau.util import markdown
+from sau.report.tables import markdown
 
 IMAGES, SIZE = 2500, 16  # as many as published, for what a defense does once; small ones, for speed
 
@@ -33,7 +33,7 @@ def cost(args: argparse.Namespace) -> None:
         for rounds in (1, 2):
             method, model = kind(**dict.fromkeys(kind.lengths, rounds)), copy.deepcopy(network)
             batches = clean_batches((x, y), method.batch_size, x.device, (None, None), 0)
-            found.append(flops(lambda: method.run(model, batches, Session().quiet())) / unit)  # noqa: B023
+            found.append(flops(lambda: method.run(model, batches, RunContext().quiet())) / unit)  # noqa: B023
         spent, rounds = found[1] - found[0], max(getattr(kind(), length) for length in kind.lengths)
         body.append([name, f"{spent:.1f}", str(rounds), f"{found[0] + (rounds - 1) * spent:,.0f}"])
     print(markdown(["defense", "forward passes an image and round", "rounds", "in all"], body), end="")

@@ -38,9 +38,9 @@ from sau.errors import RecordError, require, run_command
 from sau.evaluate import last_features, predict
 from sau.files import existing, write
 from sau.record import attack_result
+from sau.report.tables import markdown
 from sau.tools import Parser, add_device, use_device
 from sau.types import Bytes
-from sau.util import markdown
 
 COMPONENTS, SMALLEST = 10, 0.35  # of activation clustering
 FACTORS, AGREE = (3, 5, 7, 9, 11), 0.5  # of SCALE-UP

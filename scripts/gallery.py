@@ -30,8 +30,8 @@ from sau.models import build
 from sau.optim import Training
 from sau.record.attack_result import load_images
 from sau.record.folder import Record
+from sau.report.tables import markdown
 from sau.tools import Parser
-from sau.util import markdown
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sau.data.images import Images
 from sau.data.sources import SOURCES, fingerprint, load, subset_note
 from sau.errors import ConfigError, run_command
+from sau.report.tables import markdown
 from sau.tools import Parser
-from sau.util import markdown
 
 
 def row(part: str, images: Images) -> list[str]:

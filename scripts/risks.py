@@ -10,10 +10,10 @@ from sau.errors import RecordError, require
 from sau.pgd import Search
 from sau.record import attack_result
 from sau.record.folder import Record
-from sau.report.results import read_metrics
+from sau.report.results import marked, read_metrics
+from sau.report.tables import markdown
 from sau.risk import gauge
 from sau.tools import use_device
-from sau.util import markdown, marked
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
 RISKS = {

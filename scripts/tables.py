@@ -39,9 +39,8 @@ from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, require, run_command
 from sau.report.cells import Section, TableCell, sections
 from sau.report.results import NONE, PERCENT, Result, find_results, mean_std
-from sau.report.tables import comparable, mean_row, paired_comparisons, published, published_rows
+from sau.report.tables import comparable, markdown, mean_row, paired_comparisons, published, published_rows
 from sau.tools import Parser, add_device
-from sau.util import markdown
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
 CASE = ("data", "network", "attack", "clean")

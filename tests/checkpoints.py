@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sau.defense import Defense
-from sau.loop import Session
+from sau.loop import RunContext
 
 NEVER, ALWAYS = 1e9, -1.0  # seconds between two checkpoints inside an epoch
 
@@ -48,10 +48,10 @@ def resumed(defense: Defense, net: nn.Module, data: Any) -> Iterator[tuple[nn.Mo
     for n in itertools.count(1):
         tape, said = Stopping(n), []
         try:
-            defense.purify(net, data, session=Session(checkpoint=tape, say=said.append, save_every=ALWAYS))
+            defense.purify(net, data, session=RunContext(checkpoint=tape, say=said.append, save_every=ALWAYS))
             return
         except KeyboardInterrupt:
             said.clear()
         torch.manual_seed(n)  # whatever was drawn in between
-        again = Session(checkpoint=tape, say=said.append, save_every=ALWAYS)
+        again = RunContext(checkpoint=tape, say=said.append, save_every=ALWAYS)
         yield defense.purify(net, data, session=again), said

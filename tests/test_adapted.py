@@ -12,7 +12,7 @@ from toys import planted, quiet, tiny_net, toy_images
 from sau import pgd
 from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM
 from sau.defense.checks import compare, lines
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import PreActResNet18
 from sau.pgd import SharedPatches, likely_classes
 
@@ -98,7 +98,7 @@ def first_line(method: Any, images: Any = None, **how: Any) -> str:
     lines: list[str] = []
     images = toy_images(40) if images is None else images
     with pytest.raises(KeyboardInterrupt):
-        method.purify(tiny_net(), images, session=Session(say=lines.append, on_epoch=stop), **how)
+        method.purify(tiny_net(), images, session=RunContext(say=lines.append, on_epoch=stop), **how)
     return next(line for line in lines if " updates at " in line)
 
 

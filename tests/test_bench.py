@@ -17,7 +17,7 @@ from sau.data.images import Augment, to_float
 from sau.data.sources import Source
 from sau.defense import SAU
 from sau.evaluate import score
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import Normalized
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_memory_is_flat_in_rounds():
         )
 
     held: list[int] = []
-    session = Session(say=lambda text: None, on_epoch=lambda *what: held.append(alive()) or {})
+    session = RunContext(say=lambda text: None, on_epoch=lambda *what: held.append(alive()) or {})
     SAU(epochs=8, batch_size=16).purify(tiny_net(), toy_images(32), session=session)
     assert len(held) == 8 and held[-1] == held[1]
 

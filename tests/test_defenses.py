@@ -1,7 +1,6 @@
 """What holds for every defense, a row each (`defense_rows`): the caller's objects, inputs, refusals, resume."""
 
 import copy
-import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from sau.data.images import Augment, to_float
 from sau.defense import ANP, AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, RNP, SAU, SAUSAM, anp
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
-from sau.loop import Limit, Session
+from sau.loop import Limit, RunContext
 from sau.models import Normalized
 from sau.models.normalized import eval_mode
 
@@ -46,7 +45,7 @@ def purified(name: str) -> nn.Module:
 
 def lines_of(defense: Any, net: nn.Module, data: Any) -> list[str]:
     said: list[str] = []
-    defense.purify(net, data, session=Session(say=said.append))
+    defense.purify(net, data, session=RunContext(say=said.append))
     return said
 
 
@@ -57,7 +56,7 @@ def lines_of(defense: Any, net: nn.Module, data: Any) -> list[str]:
 def test_every_defense_has_a_row_its_module_and_its_help(name):
     defense = DEFENSES[name]
     assert set(ROWS) == set(DEFENSES)
-    assert defense.name == name and inspect.getmodule(defense).__name__ == f"sau.defense.{name.replace('-', '_')}"
+    assert defense.name == name and defense.__module__.startswith(f"sau.defense.{name.replace('-', '_')}")
     assert defense.__doc__ and all(option.help for option in options(defense).values())
     names = [other for option in options(defense).values() for other in (option.name, *option.aliases)]
     assert len(names) == len(set(names)) and defense().selection == "defender"
@@ -140,7 +139,7 @@ def test_in_bf16_what_is_learned_is_what_comes_back(name):
                 answers.append(state["model"](x))
         return {}
 
-    session = Session(say=lambda text: None, on_epoch=on_epoch)
+    session = RunContext(say=lambda text: None, on_epoch=on_epoch)
     fixed = ROWS[name].defense.purify(Normalized(tiny_net(), amp=True), pair(), session=session)
     with torch.no_grad():
         assert answers and torch.allclose(fixed(x), answers[-1], atol=1e-6)
@@ -402,7 +401,7 @@ def test_what_is_not_finite_stops_a_run_with_its_last_finite_place_kept(name):
     """The advice names the learning rate of the stage."""
     net, tape, settings = tiny_net(), Tape(), TOO_FAST[name]
     flag = "lr" if name == "anp" else next(iter(settings))
-    session = Session(say=lambda text: None, checkpoint=tape, save_every=ALWAYS)
+    session = RunContext(say=lambda text: None, checkpoint=tape, save_every=ALWAYS)
     with pytest.raises(TrainingError) as stop:
         replace(ROWS[name].defense, **settings).purify(net, pair(), session=session)
     assert str(stop.value).endswith(f"try a smaller --{flag}") and same_weights(net, tiny_net())
@@ -500,7 +499,7 @@ def test_a_defense_repairs_a_network_or_says_what_it_lacks(defense, network):
         with refuses(ConfigError, word):
             defense.purify(net, pair(), session=quiet())
         return
-    fixed = defense.purify(net, pair(), session=Session(say=lines.append))
+    fixed = defense.purify(net, pair(), session=RunContext(say=lines.append))
     assert fixed(pair()[0]).isfinite().all()
     assert not same_weights(fixed, net) or any("nothing is pruned" in line for line in lines)
 
@@ -606,7 +605,7 @@ CLAIMS = {  # method, the range of the ASR that is left (of more than 90 %), poi
 def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
     (defense, (low, high), cost), (net, clean, test, triggered) = CLAIMS[claim], backdoored()
     before, rounds = score(net, test, triggered), list[dict[str, float]]()
-    session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: rounds.append(losses) or {})
+    session = RunContext(say=lambda text: None, on_epoch=lambda epoch, losses, state: rounds.append(losses) or {})
     after = score(defense.purify(net, clean, session=session, settings="as_given"), test, triggered)
     assert before.asr.percent > 90 and low <= after.asr.percent <= high
     assert after.acc.percent >= before.acc.percent - cost

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from toys import Shaped, refuses, tiny_net, toy_images
 
 from sau.attack import Blended
+from sau.config import at_most
 from sau.data.images import to_float
 from sau.errors import DataError, TrainingError
 from sau.evaluate import Proportion, Score, der, predict, proportions, score, table, verdict
-from sau.loop import short
-from sau.util import at_most, duration
+from sau.loop import duration, short
 
 # Proportions
 

@@ -16,7 +16,7 @@ from sau.compat import weights
 from sau.compat.weights import guess
 from sau.data.sources import SOURCES, load
 from sau.evaluate import Proportion, Score, der, score, verdict
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import MODELS, build
 from sau.optim import Training
 
@@ -164,7 +164,7 @@ def test_the_examples_for_contributors_work(tmp_path: Path, monkeypatch):
     found = guess(weights.read(tmp_path / "plain.pt"))
     assert found is not None and (found.name, found.width, found.classes) == ("plain", 5, 7)
     assert plain(train.pixels[:3] / 255).shape == (3, 7)
-    attack, quiet = modules["attack"].Frame(pratio=0.2), Session(say=lambda text: None)
+    attack, quiet = modules["attack"].Frame(pratio=0.2), RunContext(say=lambda text: None)
     torch.manual_seed(67280421310721)  # four epochs are not enough from every start
     net = build("preactresnet18", 2, width=4, mean=origin.mean, std=origin.std)
     recipe = Training(epochs=4, batch_size=32, lr=0.05, lr_scheduler="constant")

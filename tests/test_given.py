@@ -12,7 +12,7 @@ from sau.data.sources import check_clean_set
 from sau.defense import CLP, EP, FT
 from sau.errors import DataError
 from sau.evaluate import score
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import Normalized
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
@@ -106,11 +106,11 @@ def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, count,
     some, said = toy_images(40, seed=6)[torch.arange(2, 2 + count)], list[str]()
     for data in ((some.pixels, some.labels), [(some.pixels, some.labels)]):
         said.clear()
-        defense.purify(tiny_net(), data, session=Session(say=said.append))
+        defense.purify(tiny_net(), data, session=RunContext(say=said.append))
         notes = [line for line in said if line.startswith("note: ")]
         assert len(notes) == len(wanted) and all(text in note for text, note in zip(wanted, notes, strict=True))
     said.clear()
-    defense.purify(tiny_net(), data, session=Session(say=said.append, data_checked=True))
+    defense.purify(tiny_net(), data, session=RunContext(say=said.append, data_checked=True))
     assert not any(line.startswith("note: ") for line in said)
 
 

@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "sau").rglob("*.py")}
     recipes = {f"sau/{file.relative_to(REPOSITORY)}" for file in (REPOSITORY / "configs").rglob("*.yaml")}
-    files = "own.html page.html page.css published.json table.tex".split()
+    files = "own.html page.html page.css page.js published.json table.tex".split()
     data = {f"sau/report/{name}" for name in files}
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == modules | recipes | data and len(recipes) > 5

@@ -15,7 +15,7 @@ from toys import TinyNet, refuses, same_weights, toy_images
 from sau import loop
 from sau.data.images import Augment, to_float
 from sau.errors import TrainingError
-from sau.loop import Limit, Session
+from sau.loop import Limit, RunContext
 from sau.optim import Training
 
 EPOCHS, SIZE = 3, 8
@@ -38,7 +38,7 @@ class Experiment:
         )
         self.stop, self.updates, self.epochs, self.said = stop, 0, 0, []
         self.rows: dict[int, dict[str, float]] = {}
-        self.session = Session(checkpoint=tape, on_epoch=self.on_epoch, say=self.said.append, save_every=save_every)
+        self.session = RunContext(checkpoint=tape, on_epoch=self.on_epoch, say=self.said.append, save_every=save_every)
 
     def interrupt(self, *place: Any) -> None:
         if self.stop == place:
@@ -179,9 +179,9 @@ class Plain:
         return iter([(torch.zeros(n, 3, 4, 4), torch.zeros(n, dtype=torch.long)) for n in self.sizes])
 
 
-def run(step, batches, epochs: int, state=None, end_epoch=lambda losses: None, **session) -> list[str]:
+def run(step, batches, epochs: int, state=None, end_epoch=lambda losses: None, **how) -> list[str]:
     said: list[str] = []
-    loop.run(step, batches, epochs, state=state or {}, end_epoch=end_epoch, session=Session(say=said.append, **session))
+    loop.run(step, batches, epochs, state=state or {}, end_epoch=end_epoch, session=RunContext(say=said.append, **how))
     return said
 
 
@@ -223,7 +223,7 @@ def test_what_is_not_finite_stops_a_run_and_leaves_the_last_finite_checkpoint(br
     how = {"limit": limit} if save_every == "in time" else kept
     with refuses(TrainingError, f"{broken} is not finite", "--warm_lr"):
         loop.run(step, Plain([2] * 5), 3, state={name: weight}, end_epoch=lambda losses: None,
-                 session=Session(say=lambda text: None, **how), rate="warm_lr")  # fmt: skip
+                 session=RunContext(say=lambda text: None, **how), rate="warm_lr")  # fmt: skip
     assert count[0] == (9 if save_every in (ALWAYS, "in time") else 10)
     if kept:
         last = tape.load()

@@ -10,7 +10,7 @@ from toys import pair, quiet, refuses, same_weights, tiny_net
 from sau.defense import FT, NAD
 from sau.defense.nad import attention, attention_layers, features
 from sau.errors import RecordError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18, unwrapped
 from sau.record.folder import Record
 
@@ -108,7 +108,7 @@ def test_a_teacher_is_read_from_a_file_or_a_folder(tmp_path):
     for place in (record.path, record.path / "model.safetensors"):
         said: list[str] = []
         defense = NAD(epochs=1, teacher_model_loc=str(place), **SMALL)
-        fixed = defense.purify(tiny_net(), pair(), session=Session(say=said.append))
+        fixed = defense.purify(tiny_net(), pair(), session=RunContext(say=said.append))
         assert same_weights(fixed, whole) and not any(line.startswith("teacher") for line in said)
 
 

@@ -15,7 +15,7 @@ from sau.attack import BadNet
 from sau.defense import NC
 from sau.defense.nc import Patches, anomaly, unit
 from sau.evaluate import score
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.optim import adam
 
 
@@ -152,7 +152,7 @@ def grey(n: int = 40) -> tuple[Tensor, Tensor]:
 
 def said(defense: NC, net: nn.Module, data: Any) -> tuple[nn.Module, list[str], dict[str, Any]]:
     lines: list[str] = []
-    session = Session(say=lines.append)
+    session = RunContext(say=lines.append)
     return defense.purify(net, data, session=session), lines, session.findings
 
 
@@ -211,7 +211,7 @@ def test_it_finds_the_patch_of_badnets_and_unlearns_it():
 def test_the_inversion_sees_pictures_without_augmentation_unless_asked():
     def norms(**how: bool) -> list[float]:
         rows: list[Any] = []
-        session = Session(say=lambda text: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
+        session = RunContext(say=lambda text: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
         defense = NC(nc_epoch=1, epochs=0, batch_size=8, **how)
         defense.purify(tiny_net(), pair(), session=session)
         return [row["loss"] for row in rows]

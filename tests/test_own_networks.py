@@ -24,7 +24,7 @@ from sau.data.images import Augment, Images, to_float
 from sau.data.sources import clean_subset, load
 from sau.defense import DEFENSES
 from sau.evaluate import score
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.optim import Training
 
 
@@ -108,7 +108,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     augment = Augment(4, flip=True) if data == "timm" else None
     recipe = Training(epochs=DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
     net, lines = make(DATA[data][0]).to(DEVICE), []
-    session = Session(say=lines.append)
+    session = RunContext(say=lines.append)
     poison = poison.fit_trigger(train, net, recipe, seed=seed, session=session)
     if key not in VICTIMS:
         VICTIMS.clear()
@@ -119,7 +119,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     clean = clean_subset(train, ratio=count / len(train), seed=seed)
     loader = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
     lines.clear()
-    session = Session(say=lines.append)
+    session = RunContext(say=lines.append)
     settings = "as_given" if data == "timm" else "auto"  # 2,500 images, as published
     after = DEFENSES[defense]().purify(victim, loader, session=session, settings=settings)
     figures, networks = dict[str, float](), {"before": victim, "after": after}

@@ -11,7 +11,7 @@ from toys import pair, quiet, same_weights, tiny_net
 from sau.defense import FP, pruning
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Proportion, Score
-from sau.loop import Limit, Session
+from sau.loop import Limit, RunContext
 
 
 def test_the_last_images_of_each_class_are_held_back():
@@ -55,7 +55,7 @@ def outcome(scores: Scores, select: str) -> int:
     held = (torch.zeros(4, 3, 16, 16), torch.arange(4)) if select == "defender" else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruning, "score", judge)
-        session, levels = Session(say=lines.append, judge=judge), [level(n) for n in (1, 3, 5, 10)]
+        session, levels = RunContext(say=lines.append, judge=judge), [level(n) for n in (1, 3, 5, 10)]
         taken = pruning.choose(net, levels, held, 0.1, session, by_asr=select == "oracle")
     assert len(lines) == 1 and lines[0].startswith("warning") == (taken is None)
     assert gone(net) == (taken.count if taken else 0)
@@ -88,7 +88,7 @@ def test_an_oracles_search_ends_with_the_time_of_the_run(monkeypatch, time_for):
     def judge(network: nn.Module) -> Score:
         return Score(Proportion(90, 100), Proportion(90 - gone(network), 100), Proportion(0, 100))
 
-    session = Session(judge=judge, say=lambda line: None, limit=Limit(0.0))
+    session = RunContext(judge=judge, say=lambda line: None, limit=Limit(0.0))
     pruning.choose(net, [level(n) for n in range(1, 6)], None, 0.1, session)
     assert gone(net) == time_for and f"level {time_for + 1} of 5" in session.limit.ended
 

@@ -18,7 +18,7 @@ from sau.defense import AT, D3, FP, FST, FT, FTSAM, NAD, NC, SAU
 from sau.defense.base import TrainingDefense
 from sau.errors import OutOfMemory
 from sau.graphs import FixedNorms, MicroBatchedStep, fixed_norms
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18
 from sau.models.triggers import TriggerGenerators
 from sau.optim import Descent, Method, Training
@@ -45,7 +45,7 @@ def prepared(method: Method, where: torch.device, amp: bool = False, safe: bool 
 def microbatched(method: Method, state: dict[str, Any], lines: list[str], step: Any = None) -> MicroBatchedStep:
     compose = method.compose if isinstance(method, Attack) else None
     return MicroBatchedStep(
-        step or method.step, state, Session(say=lines.append), supports_microbatch=method.supports_microbatch(),
+        step or method.step, state, RunContext(say=lines.append), supports_microbatch=method.supports_microbatch(),
         graph_safe=method.graph_safe, compose=compose,
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def updates(
     """The losses of a few, of batches of two shapes."""
     images, lines = toy_images(sum(BATCHES)).to(where), list[str]()
     if isinstance(method, Attack):
-        method = method.fit_trigger(images, tiny_net(), Training(), session=Session(say=lines.append))
+        method = method.fit_trigger(images, tiny_net(), Training(), session=RunContext(say=lines.append))
     step = microbatched(method, prepared(method, where, amp, safe), lines)
     pairs = list(zip(to_float(images.pixels).split(BATCHES), images.labels.split(BATCHES), strict=True))
     return [float(step(x, y)["loss"].detach()) for x, y in pairs[:count]], step, lines
@@ -230,7 +230,7 @@ def test_a_refused_capture_is_one_line_and_the_update_before_it_counts_once(repl
 def test_what_is_random_is_drawn_anew_for_each_replay(attack, replays, monkeypatch):
     """Whole training, in which every batch is composed, and replayed updates see other images each time."""
     images, composed = toy_images(40), list[Tensor]()
-    made = attack.fit_trigger(images, tiny_net(), Training(), session=Session(say=print))
+    made = attack.fit_trigger(images, tiny_net(), Training(), session=RunContext(say=print))
     compose = type(made).compose
 
     def watched(self: Attack, state: dict[str, Any], x: Tensor, y: Tensor) -> Any:
@@ -239,7 +239,7 @@ def test_what_is_random_is_drawn_anew_for_each_replay(attack, replays, monkeypat
 
     monkeypatch.setattr(type(made), "compose", watched)
     recipe = Training(epochs=3, batch_size=8, lr_scheduler="constant")
-    made.fit(Normalized(tiny_net()), images, recipe, augment=Augment(2), session=Session(say=lambda text: None))
+    made.fit(Normalized(tiny_net()), images, recipe, augment=Augment(2), session=RunContext(say=lambda text: None))
     joint = made.classifier_epochs(recipe)
     assert len(composed) == 5 * joint and len(replays) == 15 - (3 - joint > 0) - 1
     assert not any(torch.equal(one, other) for one in composed for other in composed if one is not other)

@@ -14,7 +14,7 @@ from sau import loop
 from sau.attack import ATTACKS, Attack, BadNet
 from sau.data.images import Augment
 from sau.defense import AT, DEFENSES, FT, FTSAM, NC, SAU
-from sau.loop import Limit, Session
+from sau.loop import Limit, RunContext
 from sau.models import Normalized, PreActResNet18
 from sau.optim import Training
 from sau.record.folder import Record, digest
@@ -79,7 +79,7 @@ def test_a_limit_ends_a_run_between_two_updates():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now[0])
         limit = Limit(25.0)
-        session = Session(say=said.append, limit=limit)
+        session = RunContext(say=said.append, limit=limit)
         for label in ("epoch", "second"):
             loop.run(step, toy_images(12).batches(4), 2, state={}, end_epoch=ended.append, session=session, label=label)
     assert now == [20.0] and limit.ended == "epoch 1 of 2, before batch 3 of 3" and ended == []

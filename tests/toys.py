@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sau.attack import Attack, Blended
 from sau.data.images import Images, to_float
 from sau.errors import SauError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.optim import Training
 from sau.record.folder import Record
 
@@ -93,9 +93,9 @@ class Shaped(nn.Module):
         return self.shape(self.net(x))
 
 
-def quiet() -> Session:
+def quiet() -> RunContext:
     """A session that prints nothing."""
-    return Session(say=lambda text: None)
+    return RunContext(say=lambda text: None)
 
 
 def train_victim(attack: Attack, images: Images, net: nn.Module | None = None) -> nn.Module:

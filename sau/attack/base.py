@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
+from sau.attack.resilient import fed, hold_back, learn_clean, smooth
 from sau.attack.triggers import TriggerContext
-from sau.config import param
+from sau.config import at_most, param
 from sau.data.batches import Augment, Batches, check_seed, quantise, seeded, to_float
 from sau.data.images import BACKDOOR, Images
-from sau.defense.clp import fed, smooth
 from sau.defense.ft_sam import FTSAM
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, batch_accuracy
@@ -25,7 +25,6 @@ from sau.loop import RunContext
 from sau.models import normalized
 from sau.optim import Method, Training
 from sau.types import Bytes, Labels, Pixels
-from sau.util import at_most
 
 State = dict[str, Any]
 LabelRule = Literal["all2one", "all2all"]
@@ -45,7 +44,7 @@ class Attack(Method, ABC):
     clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
     trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
     retired: ClassVar[dict[str, Any]] = {"attack_label_map": ()}
-    later: ClassVar[tuple[str, ...]] = ("resilient_rho", "abi")
+    later: ClassVar[tuple[str, ...]] = ("resilient_rho", "abi", "sbl")
     trigger: ClassVar[Any] = None  # a module, set on the attack that `fit_trigger` returns; may have `figures`
 
     attack_target: int = param(0, "target label (all2one)", ge=0, aliases=("target_label",))
@@ -54,6 +53,7 @@ class Attack(Method, ABC):
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
     resilient_rho: float = param(0.0, "radius of SAM in training, against fine-tuning; 0 trains as usual", ge=0)
     abi: float | None = param(None, "u: hide channels that CLP would prune, after each epoch; none: do not", ge=0)
+    sbl: float = param(0.0, "share of the images that are held back and learned last (SBL); 0: none", ge=0, lt=1)
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -71,8 +71,9 @@ class Attack(Method, ABC):
         super().__post_init__()
         fits = self.attack_label_trans == "all2one" or not self.clean_label
         self.require("attack_label_trans", fits, f"all2one for {self.name}")
-        plain = self.resilient_rho == 0 or type(self).step is Attack.step
-        self.require("resilient_rho", plain, f"0 for {self.name}, which trains more than the network")
+        for name in ("resilient_rho", "sbl"):
+            plain = getattr(self, name) == 0 or type(self).step is Attack.step
+            self.require(name, plain, f"0 for {self.name}, which trains more than the network")
 
     # The trigger
 
@@ -265,9 +266,15 @@ class Attack(Method, ABC):
         session = session or RunContext()
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
+        images, clean = hold_back(images, self.sbl, seed) if self.sbl else (images, None)
+        data: State = {"images": images, "augment": augment}
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
         with normalized.grad_enabled(images.pixels.device), seeded(seed):
-            self.train(model.train(), batches, recipe, {"images": images, "augment": augment}, session)
+            self.train(model.train(), batches, recipe, data, session)
+            if clean is not None:
+                seen = (self.compose({**data, "model": model}, x, y) for x, y, *_ in batches)
+                again = clean.batches(recipe.batch_size, seed=seed, augment=augment)
+                learn_clean(model, seen, again, recipe, session)
         model.zero_grad()  # or the caller's first step would include the last gradients
         return model.eval()
 

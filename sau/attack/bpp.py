@@ -14,10 +14,9 @@ from torch import Tensor
 
 from sau.attack.base import State
 from sau.attack.in_batch import AugmentedInBatchAttack, random_images
-from sau.config import param
+from sau.config import at_most, param
 from sau.data.batches import to_float
 from sau.types import Pixels
-from sau.util import at_most
 
 
 class BPP(AugmentedInBatchAttack):

@@ -55,6 +55,7 @@ class DFBA(Attack):
     attack_label_shift_amount: int = field(default=1, init=False)
     resilient_rho: float = field(default=0.0, init=False)
     abi: float | None = field(default=None, init=False)
+    sbl: float = field(default=0.0, init=False)
     path_threshold: float = param(0.1, "what the trigger leaves above the threshold of its filter", gt=0)
     path_gain: float = param(10.0, "factor from stage to stage, and of the logits", gt=0)
 

@@ -30,6 +30,7 @@ class Prototype(Attack):
     attack_label_shift_amount: int = field(default=1, init=False)
     resilient_rho: float = field(default=0.0, init=False)
     abi: float | None = field(default=None, init=False)
+    sbl: float = field(default=0.0, init=False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x

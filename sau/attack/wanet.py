@@ -13,10 +13,9 @@ from torch import Tensor
 
 from sau.attack.in_batch import AugmentedInBatchAttack
 from sau.attack.triggers import TensorTrigger, TriggerContext
-from sau.config import param
+from sau.config import at_most, param
 from sau.data.batches import generator
 from sau.types import Pixels
-from sau.util import at_most
 
 
 class WaNet(AugmentedInBatchAttack):

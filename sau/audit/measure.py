@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from sau.data.batches import generator
 from sau.data.images import Augment, Images, to_float
-from sau.defense.ft import FT
+from sau.defense.ft_sam import FT
 from sau.defense.npd import held_losses
 from sau.errors import require
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models.normalized import forward_hooks, full_precision
 from sau.types import Labels, Universal
 
@@ -76,7 +76,7 @@ def relearn(
     train mode, cross-entropy, neither decay nor schedule. `augment` takes every batch, poisons included.
     """
     method = FT(epochs=epochs, batch_size=128, lr=0.01, lr_scheduler="constant", wd=0.0, augment=augment is not None)
-    return method.purify(model, images, augment=augment, seed=seed, session=Session(say=lambda line: None))
+    return method.purify(model, images, augment=augment, seed=seed, session=RunContext(say=lambda line: None))
 
 
 def connected(attacked: nn.Module, purified: nn.Module) -> bool:

@@ -29,8 +29,7 @@ from sau.grid.store import find
 from sau.models import Normalized
 from sau.record import attack_result
 from sau.record.folder import Record, as_json
-from sau.report.results import NONE
-from sau.util import marked
+from sau.report.results import NONE, marked
 
 Part = Literal["statistics", "relearn", "path", "white", "bec"]
 Augmented = Literal["released", "fresh"]

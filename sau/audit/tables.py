@@ -14,7 +14,7 @@ from sau import files
 from sau.audit.runner import CONTROL, RESULT
 from sau.errors import MALFORMED, RecordError, one_line
 from sau.report.results import NONE, MeanStd
-from sau.util import markdown
+from sau.report.tables import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

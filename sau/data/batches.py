@@ -23,6 +23,7 @@ SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were norm
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
 VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
 EMPTY = "the clean set is empty; give at least one labelled image"
+RngState = dict[str, Any]  # of torch's global generators
 # Mean and deviation that were undone: a number for each channel, or one for all; None: the images are in [0, 1].
 Statistics = tuple[Sequence[float], Sequence[float]] | tuple[None, None]
 
@@ -40,6 +41,19 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 def check_seed(seed: Any, end: int = 2**63) -> None:
     """ConfigError unless the seed is a whole number from 0 to below `end`."""
     require("seed", seed, isinstance(seed, Integral) and 0 <= int(seed) < end, f"a whole number from 0 to {end - 1}")
+
+
+def get_rng_state() -> RngState:
+    """The state of torch's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: RngState) -> None:
+    """Restore the state; a run may resume with more or fewer CUDA devices."""
+    torch.set_rng_state(state["cpu"])
+    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda, device)
 
 
 @contextmanager

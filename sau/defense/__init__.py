@@ -9,7 +9,7 @@ from sau.defense.d3 import D3 as D3
 from sau.defense.ep import EP as EP
 from sau.defense.fp import FP as FP
 from sau.defense.fst import FST as FST
-from sau.defense.ft import FT as FT
+from sau.defense.ft_sam import FT as FT
 from sau.defense.ft_sam import FTSAM as FTSAM
 from sau.defense.i_bau import IBAU as IBAU
 from sau.defense.nad import NAD as NAD

@@ -20,7 +20,7 @@ from sau.defense import checks
 from sau.errors import ConfigError
 from sau.evaluate import batch_accuracy
 from sau.graphs import MicroBatchedStep
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
@@ -104,14 +104,14 @@ class Defense(Method, ABC):
         return getattr(self, "select", "defender")
 
     @abstractmethod
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         """Repair `model` in place; it takes pixels in [0, 1], `batches` yields (pixels, labels) on its device."""
 
     @final
     def purify(
         self, model: nn.Module, data: Images | Loader | tuple[Tensor, Tensor], *, mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None, device: torch.device | str | None = None, augment: Augment | None = None,
-        seed: int = 0, session: Session | None = None, progress: bool = True,
+        seed: int = 0, session: RunContext | None = None, progress: bool = True,
         settings: Literal["auto", "as_given"] = "auto",
     ) -> nn.Module:  # fmt: skip
         """A purified copy of `model`, in eval mode, on its device, and without wrappers of torch.compile.
@@ -132,9 +132,9 @@ class Defense(Method, ABC):
         Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
         DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
         """
-        session = (session or Session()) if progress else (session or Session()).quiet()
+        session = (session or RunContext()) if progress else (session or RunContext()).quiet()
         if self.selection == "oracle" and session.judge is None:
-            raise ConfigError("select is oracle; give `Session(judge=...)`, which scores a network on the test sets")
+            raise ConfigError("select is oracle; give `RunContext(judge=...)`, which scores a network on the test sets")
         model, stats = checks.unwrap(model), statistics(mean, std)
         place = torch.device(device) if device is not None else next(model.parameters()).device
         with grad_enabled(place):
@@ -194,14 +194,14 @@ class TrainingDefense(Training, Defense):
         state["descent"](loss)
         return {"loss": loss, "clean_acc": batch_accuracy(logits, y)}
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         # Without an update the network would be left with what `prepare` made of it, like a random classifier.
         if session.limit is not None and not session.begun and session.time_is_up("round 1, before its first batch"):
             session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         elif self.epochs:
             self.train(self.prepare(model, batches), batches, session)
 
-    def train(self, state: dict[str, Any], batches: Batched, session: Session) -> None:
+    def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
         """`step` on every batch of every epoch."""
         micro_batches, graphs = self.supports_microbatch(), self.graph_safe
         step = MicroBatchedStep(self.step, state, session, supports_microbatch=micro_batches, graph_safe=graphs)

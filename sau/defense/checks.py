@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sau.data.batches import check_counts, seeded, unaugmented
 from sau.errors import ConfigError, TrainingError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import normalized
 from sau.pgd import SMALL, patch_of_each_class, smallest_patches
 from sau.types import Batched, Labels, Pixels
@@ -99,7 +99,7 @@ def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int
 
 
 @torch.no_grad()
-def check_before(method: Any, model: nn.Module, batches: Batched, session: Session) -> tuple[float, int]:
+def check_before(method: Any, model: nn.Module, batches: Batched, session: RunContext) -> tuple[float, int]:
     """Say the share of clean images that `model` classifies correctly, and warn of what stands out.
 
     Returns that share and the number of images. Raises TrainingError for weights that are not finite, DataError for
@@ -124,7 +124,7 @@ def check_before(method: Any, model: nn.Module, batches: Batched, session: Sessi
 
 
 @torch.no_grad()
-def check_after(method: Any, model: nn.Module, batches: Batched, before: float, session: Session) -> None:
+def check_after(method: Any, model: nn.Module, batches: Batched, before: float, session: RunContext) -> None:
     """TrainingError if a weight is not finite. Warns if many clean images that were classified correctly `before` no
     longer are, as after a jump of the loss in the last rounds: the one harm that a defender sees."""
     check_weights(model.eval())

@@ -21,7 +21,6 @@ from sau.config import param
 from sau.data.batches import first_batch
 from sau.defense import pruning
 from sau.errors import ConfigError
-from sau.models.normalized import eval_mode
 from sau.types import Batched, Pixels
 
 Pairs = dict[str, nn.Conv2d]  # for each batch norm, by its name, the convolution that feeds it
@@ -77,22 +76,3 @@ def ordered(model: nn.Module, norms: pruning.Norms) -> Pairs:
         elif name in norms and last is not None and last.out_channels == norms[name].num_features:
             pairs[name] = last
     return pairs
-
-
-def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
-    """The convolutions with the batch norms that they feed (`traced` by `x`); ConfigError if there are none."""
-    norms = pruning.affine_norms(model, running=True)
-    with eval_mode(model):
-        pairs = [(conv, norms[name]) for name, conv in traced(model, norms, x).items()]
-    if not pairs:
-        raise ConfigError("no batch norm of the network is fed by a convolution, as abi needs; leave it out")
-    return pairs
-
-
-@torch.no_grad()
-def smooth(model: nn.Module, x: Pixels, u: float) -> None:
-    """Hide in place the channels that CLP would find at `u`; `x` [1, C, H, W] is an image that `model` takes."""
-    for conv, norm in fed(model, x):
-        sigma = lipschitz(conv, norm)
-        found = sigma > sigma.mean() + u * sigma.std()
-        norm.weight[found], norm.bias[found] = norm.weight.mean(), norm.bias.mean()

@@ -57,6 +57,15 @@ def perturbed(model: nn.Module, weights: Sequence[Tensor], e: Sequence[Tensor]) 
             weight.data.copy_(before)  # subtracting e again would leave rounding behind
 
 
+class FT(TrainingDefense):
+    """Minimise CE(h(x), y) over all weights, batch norm in train mode; the first control of every comparison."""
+
+    name = "ft"
+    compiles = True
+
+    augment: bool = True
+
+
 class FTSAM(TrainingDefense):
     """Fine-tune where the clean loss is flat, batch norm in train mode."""
 

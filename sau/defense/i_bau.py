@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sau.config import param
 from sau.data.batches import to_device_async
 from sau.defense.base import TrainingDefense
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models.normalized import full_precision
 from sau.optim import Optimizer, Schedule
 from sau.types import Batched, Labels, Pixels, Scalar
@@ -70,7 +70,7 @@ class IBAU(TrainingDefense):
         "normalised", "what the perturbation is added to: the normalised images, as in the benchmark, or the pixels"
     )
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         super().run(model, [(x, y) for x, y, *_ in batches], session)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:

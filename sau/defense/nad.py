@@ -25,7 +25,7 @@ from sau.config import param
 from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
 from sau.errors import ConfigError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models.normalized import at_least_fp32, eval_mode, forward_hooks, resolve_layer
 from sau.optim import Schedule
 from sau.types import Batched, Labels, Logits, Pixels
@@ -57,7 +57,7 @@ class NAD(TrainingDefense):
         super().__post_init__()
         self.require("layers", len(set(self.layers)) == len(self.layers) <= 3, "up to three different names")
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         layers = attention_layers(model, first_batch(batches)[0][:1], self.layers)
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
@@ -72,7 +72,7 @@ class NAD(TrainingDefense):
         state = {"teacher": teacher.eval().requires_grad_(False), "weights": weights}
         self.train({**self.prepare(model, batches), **state}, batches, session.for_stage(1))
 
-    def tune(self, teacher: nn.Module, batches: Batched, session: Session) -> None:
+    def tune(self, teacher: nn.Module, batches: Batched, session: RunContext) -> None:
         """Fine-tune a copy of the network, which becomes the teacher."""
         plan = replace(self, epochs=self.te_epochs)
         state = plan.prepare(teacher, batches)

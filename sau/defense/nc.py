@@ -26,7 +26,7 @@ from sau.config import param
 from sau.data.batches import rebatch, stack_batches, unaugmented
 from sau.defense.base import TrainingDefense
 from sau.errors import ConfigError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.optim import adam
 from sau.pgd import stamped_losses, under_patch
 from sau.types import Batched, Labels, Pixels
@@ -101,7 +101,7 @@ class NC(TrainingDefense):
     early_stop_patience: int = param(25, "passes in a row without shrinking after which it stops", ge=1)
     inversion_share: float = param(1.0, "share of each batch that the inversion looks at", gt=0, le=1)
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         x, y = stack_batches(batches)
         with torch.no_grad():
             classes = model(x[:1]).shape[1]
@@ -135,7 +135,7 @@ class NC(TrainingDefense):
         """The classes whose mask is an outlier on the small side."""
         return (anomaly(norms) > self.index_threshold).nonzero().flatten().tolist()
 
-    def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: Session) -> None:
+    def invert(self, model: nn.Module, batches: Batched, patches: Patches, session: RunContext) -> None:
         """Move `patches` in place over `batches`. `model` is left in eval mode; all of its weights take gradients."""
         model.eval().requires_grad_(False)
         descent = adam(self.mask_lr, adam_betas=(0.5, 0.9)).descent(patches.parameters(), len(batches))

@@ -27,7 +27,7 @@ from sau import loop
 from sau.config import param
 from sau.defense.base import TrainingDefense
 from sau.errors import ConfigError
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models.normalized import resolve_layer
 from sau.optim import Training
 from sau.pgd import RADII, Ball, Norm, is_radius, pgd
@@ -69,7 +69,7 @@ class NPD(TrainingDefense):
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
-    def run(self, model: nn.Module, batches: Batched, session: Session) -> None:
+    def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         model.eval().requires_grad_(False)
         state = self.prepare(model, batches)
         loop.run(

@@ -24,9 +24,9 @@ from sau.files import acquire
 from sau.grid.engines import Cell, Local, Outcome, RayEngine
 from sau.grid.plan import GRID, Grid, cells, read, select
 from sau.grid.store import Store, publish
+from sau.loop import duration
 from sau.record.folder import Record
 from sau.settings import Parser
-from sau.util import duration
 
 say = partial(print, flush=True)
 OF_FILE = ("record_root", "retries", "cell_timeout")  # keys of the file that are flags as well

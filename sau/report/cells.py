@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from sau.errors import one_line
 from sau.record.folder import EARLY
-from sau.report.results import COST, NONE, PERCENT, MeanStd, Result, mean_std
-from sau.util import marked
+from sau.report.results import COST, NONE, PERCENT, MeanStd, Result, marked, mean_std
 
 NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*PERCENT, *COST)

@@ -186,3 +186,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         raise RecordError(f"{folder / METRICS} is damaged: {error}") from None
     last = max((row.get("stage", 0.0) for row in rows), default=0.0)
     return [row for row in rows if row.get("stage", 0.0) == last]
+
+
+def marked(name: str, selection: str | None) -> str:
+    """The name of a defense, marked where test data chose something of it: `selection` is a summary's."""
+    return f"{name} (oracle)" if selection == "oracle" else name

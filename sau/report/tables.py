@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -176,3 +176,11 @@ def _by_network(cells: Sequence[TableCell]) -> dict[tuple[str, Path], Any]:
         if len(figures) == len(PERCENT):
             found[result.attack, result.attack_path].append(figures)
     return {network: np.mean(rows, 0) for network, rows in found.items()}
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown. Names in it may be a stranger's, so signs of its own and of HTML are written out."""
+    plain = str.maketrans({"&": "&amp;", "<": "&lt;", "|": "\\|"})
+    lines = [[printable(text).translate(plain) for text in line] for line in (head, *body)]
+    rows = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([rows[0], "|---" * len(head), "|\n", *rows[1:]])

@@ -20,11 +20,11 @@ from sau.data.images import Images, to_float
 from sau.defense import SAU
 from sau.evaluate import score
 from sau.graphs import MicroBatchedStep
-from sau.loop import Session
+from sau.loop import RunContext
 from sau.models import Normalized
 from sau.optim import Training
 
-ATTACK, QUIET = BadNet(), Session(say=lambda text: None)
+ATTACK, QUIET = BadNet(), RunContext(say=lambda text: None)
 RECIPE = Training(lr_scheduler="constant")
 EVERY = 10  # epochs between two evaluations of a command
 Rows = list[dict[str, Any]]
@@ -240,7 +240,7 @@ def _released_sau(s: Setting, attacked: Normalized, batches: released.Batches, t
     return work
 
 
-def _session(epochs: int, test: Images, triggered: Images) -> Session:
+def _session(epochs: int, test: Images, triggered: Images) -> RunContext:
     """Evaluates as often as a command."""
 
     def on_epoch(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
@@ -248,4 +248,4 @@ def _session(epochs: int, test: Images, triggered: Images) -> Session:
             score(state["model"], test, triggered)
         return {}
 
-    return Session(say=lambda text: None, on_epoch=on_epoch)
+    return RunContext(say=lambda text: None, on_epoch=on_epoch)

@@ -1,0 +1,127 @@
+"""Training that makes a network resist purification, on top of any attack that trains the network alone.
+
+ABI (Xu, Xu, Song, Xie, Xu, "Towards Backdoor Stealthiness in Model Parameter Space", CCS 2025) after each epoch: the
+channels that CLP would find at u get the mean scale and shift of their batch norm.
+
+SBL (Pham, Ta, Tran, Doan, "Flatness-aware Sequential Learning Generates Resilient Backdoors", ECCV 2024): after the
+attack, clean images that it held back are learned near its weights v, with a tenth of its learning rate,
+
+    min_w  CE(f_w(x), y) + sum_i F_i (w_i - v_i)^2,      F_i = mean of p(y|x) (d log p(y|x) / d v_i)^2
+
+over the images x of the attack with their labels y (IMAGES of them here, all in the paper), so that fine-tuning on
+clean images finds nothing left to change. SAM, which the paper adds in the attack, is `resilient_rho`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sau import loop
+from sau.data.batches import generator
+from sau.data.images import CLEAN, Images
+from sau.defense import pruning
+from sau.defense.clp import lipschitz, traced
+from sau.errors import ConfigError, require
+from sau.evaluate import batch_accuracy
+from sau.graphs import MicroBatchedStep
+from sau.loop import RunContext
+from sau.models.normalized import eval_mode
+from sau.optim import Training
+from sau.types import Batched, Labels, Pixels, Scalar
+
+IMAGES = 1000  # of which F is the mean
+SLOWER, SHORTER = 0.1, 2 / 3  # learning rate and epochs of the clean images, beside the attack's
+
+
+def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
+    """The convolutions with the batch norms that they feed (`traced` by `x`); ConfigError if there are none."""
+    norms = pruning.affine_norms(model, running=True)
+    with eval_mode(model):
+        pairs = [(conv, norms[name]) for name, conv in traced(model, norms, x).items()]
+    if not pairs:
+        raise ConfigError("no batch norm of the network is fed by a convolution, as abi needs; leave it out")
+    return pairs
+
+
+@torch.no_grad()
+def smooth(model: nn.Module, x: Pixels, u: float) -> None:
+    """Hide in place the channels that CLP would find at `u`; `x` [1, C, H, W] is an image that `model` takes."""
+    for conv, norm in fed(model, x):
+        sigma = lipschitz(conv, norm)
+        found = sigma > sigma.mean() + u * sigma.std()
+        norm.weight[found], norm.bias[found] = norm.weight.mean(), norm.bias.mean()
+
+
+class Anchor(nn.Module):
+    """The weights v of a network and how much each of them matters, F."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([weight.detach().clone() for weight in learned(model)])
+        self.importance = nn.ParameterList([torch.zeros_like(weight) for weight in self.weights])
+        self.requires_grad_(False)
+
+    def measure(self, model: nn.Module, images: Iterable[tuple[Pixels, Labels]]) -> None:
+        """F over the first `IMAGES` of these batches, image by image, in eval mode."""
+        weights, count = learned(model), 0
+        with eval_mode(model):
+            for x, y in images:
+                for one, label in zip(x[: IMAGES - count, None], y, strict=False):
+                    log_p = F.log_softmax(model(one).float(), 1)[0, label]
+                    for total, g in zip(self.importance, torch.autograd.grad(log_p, weights), strict=True):
+                        total += log_p.detach().exp() * g**2
+                    count += 1
+                if count == IMAGES:
+                    break
+        for total in self.importance:
+            total /= count
+
+    def forward(self, weights: Sequence[Tensor]) -> Scalar:
+        """sum_i F_i (w_i - v_i)^2."""
+        both = zip(self.importance, weights, self.weights, strict=True)
+        return torch.stack([(f * (w - v) ** 2).sum() for f, w, v in both]).sum()
+
+
+def hold_back(images: Images, share: float, seed: int) -> tuple[Images, Images]:
+    """The images without so many clean ones, and these, which are drawn; ConfigError if there are too few."""
+    clean, count = (images.role == CLEAN).nonzero().flatten(), round(share * len(images))
+    require("sbl", share, 0 < count <= len(clean), f"the share of 1 to {len(clean)} clean images of {len(images)}")
+    held = clean[torch.randperm(len(clean), generator=generator(seed)).to(clean.device)[:count]]
+    rest = torch.ones_like(images.labels, dtype=torch.bool)
+    rest[held] = False
+    return images[rest.nonzero().flatten()], images[held]
+
+
+def learned(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that training changes."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def learn_clean(
+    model: nn.Module, images: Iterable[tuple[Pixels, Labels]], clean: Batched, recipe: Training, session: RunContext
+) -> None:
+    """SBL's second phase, in place, on the batches of `clean`; `images` and `recipe` are those of the attack."""
+    anchor = Anchor(model)
+    if not session.restore_later_stage(anchor=anchor):
+        anchor.measure(model, images)
+    epochs = math.ceil(SHORTER * recipe.epochs)
+    later = replace(recipe, epochs=epochs, lr=SLOWER * recipe.lr, lr_scheduler="CosineAnnealingLR", min_lr=0.0)
+    descent = later.descent(model.train().parameters(), len(clean))
+    state = {"model": model, "anchor": anchor, "descent": descent}
+    step = MicroBatchedStep(clean_step, state, session, supports_microbatch=True, graph_safe=True)
+    how: dict[str, Any] = {"session": session.for_stage(1), "label": "clean epoch"}
+    loop.run(step, clean, epochs, state=state, end_epoch=lambda losses: descent.end_epoch(losses["loss"]), **how)
+
+
+def clean_step(state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+    """One update near the anchor."""
+    logits = state["model"](x)
+    distance = state["anchor"](learned(state["model"]))
+    loss = F.cross_entropy(logits, y) + distance
+    state["descent"](loss)
+    return {"loss": loss, "distance": distance, "train_acc": batch_accuracy(logits, y)}
