@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sau import quality
-from sau.attack import ATTACKS, LC, SSBA, Attack, InputAware
+from sau.attack import ATTACKS, DFBA, LC, SSBA, Attack, InputAware
 from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint, load
 from sau.errors import SauError, run_command
@@ -55,7 +55,8 @@ def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Recor
         except SauError:
             continue  # somebody else's folder, or a damaged one
         method, data = made.get("method") or {}, made.get("data") or {}
-        if method.get("attack") == attack.name and data.get("test") == test and method.get("pratio"):  # it was learned
+        learned = method.get("pratio") or not attack.poisons
+        if method.get("attack") == attack.name and data.get("test") == test and learned:
             found.append((manifest.stat().st_mtime, record))
     for _, record in sorted(found, key=lambda pair: pair[0], reverse=True):
         images = load_images(record, "triggered")
@@ -69,7 +70,7 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
     own = recorded(attack, fingerprint(test), Path(asked.record_root))
     if own is not None:
         triggered, note = own[0], f"from the record {own[1].path.name}"
-    elif attack in (SSBA, InputAware, LC):
+    elif attack in (SSBA, InputAware, LC, DFBA):
         how = f"make one with: python attack/{attack.name}.py --dataset {asked.dataset}"
         return Line(attack, None, None, None, f"no trained trigger here; {how}")
     else:

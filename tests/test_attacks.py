@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from attack_rows import ROWS, each_dirty, each_fixed, each_in_batch, each_learner, each_poison, each_row, ready
 from checkpoints import Stopping, Tape
 from PIL import Image
-from toys import quiet, refuses, same_weights, tiny_net, toy_images, train_victim
+from toys import pair, quiet, refuses, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, in_batch
 from sau.attack.adaptive import AdapBlend, AdapPatch, patches
 from sau.attack.blended import sailing_boat
 from sau.attack.dfba import DFBA
+from sau.attack.resilient import Anchor, clean_step, hold_back, smooth
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, to_float
-from sau.defense import clp
 from sau.errors import ConfigError, DataError
 from sau.evaluate import predict, score
 from sau.loop import RunContext
@@ -148,6 +148,7 @@ def test_label_rules_lead_each_class_where_they_say(attack, shift, wanted):
     (ROWS["wanet"].attack, {"attack_target": 1000}, "attack_target"),
     (BPP(), {"neg_ratio": 0.95}, "pratio"),
     (InputAware(), {"resilient_rho": 1.0}, "resilient_rho"),
+    (InputAware(), {"sbl": 0.1}, "sbl"),
 ])  # fmt: skip
 def test_rules_that_do_not_fit_are_refused(attack, wrong, name):
     with pytest.raises(ConfigError, match=name):
@@ -285,10 +286,10 @@ def test_only_attacks_inside_the_batches_learn_from_the_last_one(attack, sizes, 
 
 
 @pytest.mark.parametrize("saves", [1, 2, 3])
-@each_in_batch
-def test_an_attack_inside_the_batches_resumes_with_equal_weights_and_triggers(attack, saves):
-    """Stopped after the first mask epoch, between the stages' epochs, and before the last one."""
-    images, recipe = toy_images(20, size=16), Training(epochs=3, batch_size=10)
+@pytest.mark.parametrize("attack", [*each_in_batch.args[1], BadNet(sbl=0.25)], ids=type)
+def test_an_attack_in_stages_resumes_with_equal_weights_and_triggers(attack, saves):
+    """Stopped after the first mask epoch, between the stages' epochs, before the last one, in SBL's second stage."""
+    images, recipe = toy_images(20, size=16), Training(epochs=2 if attack.sbl else 3, batch_size=10)
 
     def fitted(tape: Tape) -> tuple[Any, Any]:
         torch.manual_seed(2)
@@ -644,7 +645,7 @@ def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
     """Of 16 channels the one with a scale of 9 gets the mean of all, (15 + 9) / 16, and the mean shift, 8 / 16."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
     net[0].weight.data.fill_(1), net[1].weight.data[5:6].fill_(9), net[1].bias.data[5:6].fill_(8)
-    clp.smooth(net, torch.rand(1, 3, 2, 2), 3.0)
+    smooth(net, torch.rand(1, 3, 2, 2), 3.0)
     assert net[1].weight.tolist() == [1.0] * 5 + [1.5] + [1.0] * 10 and net[1].bias.tolist()[4:7] == [0, 0.5, 0]
     calls, attack = list[float](), BadNet(abi=2.0)
     monkeypatch.setattr("sau.attack.base.smooth", lambda model, x, u: calls.append(u))
@@ -652,6 +653,30 @@ def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
     assert calls == [2.0] * 3 and "abi" in attack.identity() and not {"abi", "resilient_rho"} & {*BadNet().identity()}
     with pytest.raises(ConfigError, match="abi"):
         attack.fit(torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), toy_images(8), RECIPE, session=QUIET)
+
+
+def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights(monkeypatch):
+    """Of z = W x + b the gradient of log p_y with respect to W is (onehot(y) - p) x'."""
+    net, (x, y) = torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), pair(6)
+    anchor = Anchor(net)
+    anchor.measure(net, [(x[:4], y[:4]), (x[4:], y[4:])])
+    p = net(x).softmax(1).detach()
+    g = (F.one_hot(y, 4) - p)[:, :, None] * x.flatten(1)[:, None]
+    f = (p.gather(1, y[:, None])[:, :, None] * g**2).mean(0)
+    assert torch.allclose(anchor.importance[0], f, rtol=1e-4)
+    net[1].weight.data += 0.1
+    loss = F.cross_entropy(net(x), y) + 0.01 * f.sum()
+    state = {"model": net, "anchor": anchor, "descent": Training().descent(net.parameters(), 1)}
+    assert torch.allclose(clean_step(state, x, y)["loss"], loss)
+    images, given = BadNet(pratio=0.5).poison_train(toy_images(40), 0), []
+    rest, clean = hold_back(images, 0.25, 0)
+    assert sorted([*rest.index.tolist(), *clean.index.tolist()]) == [*range(40)]
+    assert len(clean) == 10 and (clean.role == CLEAN).all()
+    monkeypatch.setattr("sau.attack.base.learn_clean", lambda *what: given.extend(what))
+    BadNet(sbl=0.25).fit(tiny_net(), images, Training(epochs=1, batch_size=30), session=quiet())
+    assert sum(len(y) for _, y in given[1]) == 30 and torch.equal(given[2].pixels, clean.pixels)
+    with refuses(ConfigError, "sbl"):
+        BadNet(sbl=0.6).fit(tiny_net(), images, RECIPE, session=QUIET)
 
 
 def test_a_batch_of_one_image_is_too_few_for_batch_norm():

@@ -74,24 +74,6 @@ def test_passes_are_counted_by_operations():
     assert passes == [3, 1]
 
 
-MINIATURE = {
-    "train": ("--steps", "1"),
-    "sau": ("--train_updates", "2", "--purify_updates", "1"),
-    "eval": ("--images", "20"),
-    "data": ("--steps", "1"),
-    "runs": ("--images", "320", "--epochs", "1", "--rounds", "1"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", MINIATURE)
-def test_every_part_runs(part, script, tmp_path):
-    flags = ("--width", "4", "--batch_size", "16", "--repeats", "1", "--threads", "1", "--json", "out.json")
-    assert script("bench.py", part, *flags, *MINIATURE[part])[0] == 0
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert rows and all(row["ours"] > 0 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
-
-
 def test_memory_is_flat_in_rounds():
     """Eight rounds of SAU leave no more tensors alive than two: their sizes are summed up after each."""
 
@@ -113,5 +95,7 @@ def test_the_checklist_of_a_gpu_runs_in_miniature(tmp_path):
     env = environment(PYTHON=sys.executable, SMOKE="1")
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert {f"bench_{part}.json" for part in bench.PARTS} <= {file.name for file in (tmp_path / "out").iterdir()}
+    for part in bench.PARTS:
+        rows = json.loads((tmp_path / "out" / f"bench_{part}.json").read_text())["rows"]
+        assert rows and all(row["ours"] > 0 and row["low"] <= row["ratio"] <= row["high"] for row in rows)
     assert done.stdout.count("\n| badnet ") == 4

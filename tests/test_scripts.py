@@ -1,7 +1,6 @@
 """How commands end, and what the scripts have in common: where they compute, and what they refuse."""
 
 import errno
-import os
 
 import pytest
 import torch
@@ -29,6 +28,8 @@ def raising(error: BaseException):
     (errors.LockedError("x"), 1, "error: x"),
     (errors.OutOfMemory("x"), 1, "error: x"),
     (os_error(OSError(errno.EIO, "x"), "x"), 1, "error: x"),
+    (os_error(OSError(errno.ENOSPC, "x"), "x"), 1, "error: x"),
+    (os_error(OSError(errno.EACCES, "x"), "x"), 2, "error: x"),
     (OSError(errno.ESTALE, "Stale", "a\x1bb"), 1, f"error: [Errno {errno.ESTALE}] Stale: 'a\\x1bb'"),
     (OSError("a\x1bb\nc"), 2, "error: a\\x1bb\\nc"),
     (OSError(errno.ENOENT, "None"), 2, f"error: [Errno {errno.ENOENT}] None"),
@@ -60,11 +61,6 @@ def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed():
     with pytest.raises(ConfigError, match=r"lr is -1, allowed is above 0") as refusal:
         require("lr", -1, False, "above 0")
     assert (refusal.value.param, refusal.value.got, refusal.value.allowed) == ("lr", -1, "above 0")
-
-
-@pytest.mark.parametrize(("number", "status"), [(errno.EIO, 1), (errno.ENOSPC, 1), (errno.EACCES, 2)])
-def test_a_fault_of_the_system_is_worth_another_try(number, status):
-    assert os_error(OSError(number, os.strerror(number)), "x").status == status
 
 
 SCRIPTS = REPOSITORY / "scripts"

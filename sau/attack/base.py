@@ -272,6 +272,7 @@ class Attack(Method, ABC):
         with normalized.grad_enabled(images.pixels.device), seeded(seed):
             self.train(model.train(), batches, recipe, data, session)
             if clean is not None:
+                batches.set_epoch(recipe.epochs)
                 seen = (self.compose({**data, "model": model}, x, y) for x, y, *_ in batches)
                 again = clean.batches(recipe.batch_size, seed=seed, augment=augment)
                 learn_clean(model, seen, again, recipe, session)

@@ -1,7 +1,7 @@
 """Training that makes a network resist purification, on top of any attack that trains the network alone.
 
-ABI (Xu, Xu, Song, Xie, Xu, "Towards Backdoor Stealthiness in Model Parameter Space", CCS 2025) after each epoch: the
-channels that CLP would find at u get the mean scale and shift of their batch norm.
+ABI (Xu et al., "Towards Backdoor Stealthiness in Model Parameter Space", CCS 2025): after each epoch, the channels that
+CLP would find at u get the mean scale and shift of their batch norm.
 
 SBL (Pham, Ta, Tran, Doan, "Flatness-aware Sequential Learning Generates Resilient Backdoors", ECCV 2024): after the
 attack, clean images that it held back are learned near its weights v, with a tenth of its learning rate,
