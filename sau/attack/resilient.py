@@ -109,8 +109,8 @@ def learn_clean(
     anchor = Anchor(model)
     if not session.restore_later_stage(anchor=anchor):
         anchor.measure(model, images)
-    epochs, schedule = math.ceil(SHORTER * recipe.epochs), "CosineAnnealingLR"
-    later = replace(recipe, epochs=epochs, lr=SLOWER * recipe.lr, lr_scheduler=schedule, cos_t_max=None, min_lr=0.0)
+    epochs, lr = math.ceil(SHORTER * recipe.epochs), SLOWER * recipe.lr
+    later = replace(recipe, epochs=epochs, lr=lr, lr_scheduler="CosineAnnealingLR", cos_t_max=None, min_lr=0.0)
     descent = later.descent(model.train().parameters(), len(clean))
     state = {"model": model, "anchor": anchor, "descent": descent}
     step = MicroBatchedStep(clean_step, state, session, supports_microbatch=True, graph_safe=True)
