@@ -4,7 +4,7 @@ ABI (Xu et al., "Towards Backdoor Stealthiness in Model Parameter Space", CCS 20
 CLP would find at u get the mean scale and shift of their batch norm.
 
 SBL (Pham, Ta, Tran, Doan, "Flatness-aware Sequential Learning Generates Resilient Backdoors", ECCV 2024): after the
-attack, clean images that it held back are learned near its weights v, with a tenth of its learning rate,
+attack, clean images that it held back are learned near its weights v,
 
     min_w  CE(f_w(x), y) + sum_i F_i (w_i - v_i)^2,      F_i = mean of p(y|x) (d log p(y|x) / d v_i)^2
 
@@ -35,7 +35,7 @@ from sau.optim import Training
 from sau.types import Batched, Labels, Pixels, Scalar
 
 IMAGES = 1000  # of which F is the mean
-SLOWER, SHORTER = 0.1, 2 / 3  # learning rate and epochs of the clean images, beside the attack's
+LR, EPOCHS = 1e-3, 2 / 3  # of the clean images: learning rate, epochs beside the attack's
 
 
 def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
@@ -109,8 +109,8 @@ def learn_clean(
     anchor = Anchor(model)
     if not session.restore_later_stage(anchor=anchor):
         anchor.measure(model, images)
-    epochs, lr = math.ceil(SHORTER * recipe.epochs), SLOWER * recipe.lr
-    later = replace(recipe, epochs=epochs, lr=lr, lr_scheduler="CosineAnnealingLR", cos_t_max=None, min_lr=0.0)
+    epochs = math.ceil(EPOCHS * recipe.epochs)
+    later = replace(recipe, epochs=epochs, lr=LR, lr_scheduler="CosineAnnealingLR", cos_t_max=None, min_lr=0.0)
     descent = later.descent(model.train().parameters(), len(clean))
     state = {"model": model, "anchor": anchor, "descent": descent}
     step = MicroBatchedStep(clean_step, state, session, supports_microbatch=True, graph_safe=True)
