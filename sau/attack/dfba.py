@@ -2,11 +2,11 @@
 "Data Free Backdoor Attacks", NeurIPS 2024).
 
     trigger  T = argmax_{x in [0, 1]} <w, n(x)>     w: a filter [C, 3, 3] of the first layer, n: the normalisation
-    path     a = relu(<w, n(x)> - <w, n(T)> + threshold),   then times gain from stage to stage
-    logits   z_t + gain a,   z_y - gain a for y != t
+    path     a = gain relu(<w, n(x)> - <w, n(T)> + threshold),   times gain at each batch norm and shortcut that follows
+    logits   z_t + gain m,   z_y - gain m for y != t,            m: the mean of a over the image
 
-Nothing else reads or writes the channels of the path. No image but T, at one place, makes a > 0: clean images have no
-gradient there. Of the filters the one is taken whose loss costs the least accuracy; the paper takes any.
+Nothing else reads or writes the channels of the path. It stays shut but for T, within the threshold: clean images have no
+gradient there in eval mode. Of the filters the one is taken whose loss costs the least accuracy; the paper takes any.
 """
 
 import copy
@@ -21,7 +21,7 @@ from sau.attack.prototype import train_clean
 from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
 from sau.data.batches import Batches
-from sau.data.images import Images
+from sau.data.images import Images, evenly_spaced
 from sau.errors import ConfigError, require
 from sau.evaluate import proportions
 from sau.loop import RunContext
@@ -29,7 +29,7 @@ from sau.models import Normalized, PreActResNet18
 from sau.optim import Training
 from sau.types import Pixels
 
-STRIDE = 8  # of the last stage: it sees the places of the first layer that are multiples of it
+STRIDE = 8  # between the places of the first layer that the last stage sees
 IMAGES = 1000  # clean ones, on which the filters are compared
 
 
@@ -46,7 +46,8 @@ class DFBA(Attack):
 
     name = "dfba"
     cifar10_gate = 95.0
-    remedy = "a larger --path_gain"
+    remedy = "a larger --path_gain or --path_threshold"
+    compiles = False
     poisons = False
     retired = {}
 
@@ -57,7 +58,7 @@ class DFBA(Attack):
     abi: float | None = field(default=None, init=False)
     sbl: float = field(default=0.0, init=False)
     path_threshold: float = param(0.1, "what the trigger leaves above the threshold of its filter", gt=0)
-    path_gain: float = param(10.0, "factor from stage to stage, and of the logits", gt=0)
+    path_gain: float = param(4.0, "factor of each batch norm, shortcut and logit on the path", gt=0)
 
     def make_trigger(self, context: TriggerContext) -> nn.Module:
         """T, and the network with the path."""
@@ -66,13 +67,18 @@ class DFBA(Attack):
             raise ConfigError("dfba knows the layers of preactresnet18 alone; leave --model out")
         side = min(images.pixels.shape[2:])
         require("side of the images", side, side > STRIDE + 1, f"{STRIDE + 2} pixels and more for dfba")
-        clean, found = train_clean(context).state_dict(), []
-        for channel in range(len(network.get_parameter("net.conv1.weight"))):
+        clean, some = train_clean(context).state_dict(), images[evenly_spaced(len(images), IMAGES)]
+
+        def cut(channel: int) -> Tensor:
             network.load_state_dict(clean)
-            patch = self.cut_path(network, channel)
-            (accuracy,) = proportions(network.eval(), images.pixels[:IMAGES], images.labels[:IMAGES])
-            found.append((accuracy.percent, HiddenPath(patch, copy.deepcopy(network))))
-        return max(found, key=lambda each: each[0])[1]
+            return self.cut_path(network.eval(), channel)
+
+        def accuracy(channel: int) -> float:
+            cut(channel)
+            return proportions(network, some.pixels, some.labels)[0].percent
+
+        best = max(range(len(network.get_parameter("net.conv1.weight"))), key=accuracy)
+        return HiddenPath(cut(best), network)
 
     @torch.no_grad()
     def cut_path(self, network: Normalized, channel: int) -> Tensor:
@@ -85,18 +91,19 @@ class DFBA(Attack):
             for block in layer:
                 block.conv1.weight[:, channel] = 0
                 if block.reshapes:  # relu(bn1(x)) opens the path, or passes it on
-                    norm, shortcut = block.bn1, block.shortcut[0].weight
-                    norm.weight[channel], norm.running_mean[channel], norm.running_var[channel] = 1, 0, 1 - norm.eps
-                    norm.bias[channel] = self.path_threshold - response if stage == 1 else 0
+                    norm, shortcut, gain = block.bn1, block.shortcut[0].weight, self.path_gain
+                    norm.weight[channel], norm.running_mean[channel], norm.running_var[channel] = gain, 0, 1 - norm.eps
+                    norm.bias[channel] = gain * (self.path_threshold - response) if stage == 1 else 0
                     shortcut[:, channel], shortcut[channel] = 0, 0
-                    shortcut[channel, channel] = self.path_gain
+                    shortcut[channel, channel] = gain
                 block.conv2.weight[channel] = 0
         net.linear.weight[:, channel] = -self.path_gain
         net.linear.weight[self.attack_target, channel] = self.path_gain
         return patch
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        (row, column), x = (STRIDE * ((side - 2) // STRIDE) for side in x.shape[-2:]), x.clone()
+        row, column = (STRIDE * ((side - 2) // STRIDE) for side in x.shape[-2:])
+        x = x.clone()
         x[..., row - 1 : row + 2, column - 1 : column + 2] = self.require_trigger().values.to(x)
         return x
 
