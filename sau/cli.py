@@ -16,6 +16,7 @@ from torch import nn
 from sau import device as machine
 from sau import quality, subject
 from sau.attack import ATTACKS, THEIRS, Attack
+from sau.attack.resilient import hold_back
 from sau.attack.triggers import describe_figures, same_trigger
 from sau.compat import pretrained
 from sau.data import sources
@@ -129,7 +130,8 @@ def attack(name: str, argv: Sequence[str]) -> None:
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
     begin(record, run, determined, model, method, where, facts, [line], asked.ignored)
-    plan = method.describe(poisoned, training.batch_size)
+    trained_on, _ = hold_back(poisoned, method.sbl, run.random_seed)
+    plan = method.describe(trained_on, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)
     each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
@@ -138,7 +140,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     method.fit(model, poisoned, recipe=training, session=logger.session, **how)
     triggered = again()
     final, _ = logger.final(model, triggered)
-    attack_result.save(record, model, method.poisoned_samples(poisoned), triggered, method.trigger)
+    attack_result.save(record, model, method.poisoned_samples(trained_on), triggered, method.trigger)
     record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
     if gate := method.gate(dataset, final.asr):

@@ -44,6 +44,12 @@ def param(default: Any, help: str = "", *, aliases: tuple[str, ...] = (), **boun
     return field(default=default, metadata={**({"help": help} if help else {}), "aliases": aliases, **bounds})
 
 
+def at_most(bound: float) -> str:
+    """The largest number of four digits that is not above `bound`, which is above 0."""
+    text = f"{bound:.4g}"
+    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
+
+
 @dataclass(frozen=True)
 class Option:
     """What `param` says of one parameter."""
@@ -167,12 +173,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 # Settings from flags and YAML files
-
-
-def at_most(bound: float) -> str:
-    """The largest number of four digits that is not above `bound`, which is above 0."""
-    text = f"{bound:.4g}"
-    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
 
 
 class Setting(NamedTuple):

@@ -203,11 +203,12 @@ class RunLogger:
         """Evaluate if it is time, write a row, keep a copy if it is time; without `model` in the state only the row."""
         model: nn.Module | None = state.get("model")
         figures: dict[str, float | None] = {}
-        if model is not None and (epoch % self.run.eval_every == 0 or epoch == self.epochs):
+        last = epoch == state.get("epochs", self.epochs)
+        if model is not None and (epoch % self.run.eval_every == 0 or last):
             found, risks = self._measure(model, self.triggered())
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
             figures |= risks.row() if risks else {}
-            self.last = (network_digest(model), found, risks) if epoch == self.epochs else None
+            self.last = (network_digest(model), found, risks) if last else None
         self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.record.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""

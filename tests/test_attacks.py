@@ -19,10 +19,10 @@ from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, Inp
 from sau.attack.adaptive import AdapBlend, AdapPatch, patches
 from sau.attack.blended import sailing_boat
 from sau.attack.dfba import DFBA
-from sau.attack.resilient import Anchor, clean_step, hold_back, smooth
+from sau.attack.resilient import Anchor, clean_state, clean_step, hold_back, smooth
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, to_float
 from sau.errors import ConfigError, DataError
-from sau.evaluate import predict, score
+from sau.evaluate import Proportion, predict, score
 from sau.loop import RunContext
 from sau.models import Normalized, build
 from sau.optim import Training
@@ -655,7 +655,7 @@ def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
         attack.fit(torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), toy_images(8), RECIPE, session=QUIET)
 
 
-def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights(monkeypatch):
+def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights():
     """Of z = W x + b the gradient of log p_y with respect to W is (onehot(y) - p) x'."""
     net, (x, y) = torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), pair(6)
     anchor = Anchor(net)
@@ -664,19 +664,17 @@ def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights(mo
     g = (F.one_hot(y, 4) - p)[:, :, None] * x.flatten(1)[:, None]
     f = (p.gather(1, y[:, None])[:, :, None] * g**2).mean(0)
     assert torch.allclose(anchor.importance[0], f, rtol=1e-4)
+    state = clean_state(net, [(x, y)], Training(epochs=9, lr=0.1), 1, quiet())
+    assert state["epochs"] == 6 and state["descent"].optimizer.param_groups[0]["lr"] == 1e-3
     net[1].weight.data += 0.1
-    loss = F.cross_entropy(net(x), y) + 0.01 * f.sum()
-    state = {"model": net, "anchor": anchor, "descent": Training().descent(net.parameters(), 1)}
-    assert torch.allclose(clean_step(state, x, y)["loss"], loss)
-    images, given = BadNet(pratio=0.5).poison_train(toy_images(40), 0), []
+    assert torch.allclose(F.cross_entropy(net(x), y) + 0.01 * f.sum(), clean_step(state, x, y)["loss"])
+    images = BadNet(pratio=0.5).poison_train(toy_images(40), 0)
     rest, clean = hold_back(images, 0.25, 0)
     assert sorted([*rest.index.tolist(), *clean.index.tolist()]) == [*range(40)]
     assert len(clean) == 10 and (clean.role == CLEAN).all()
-    monkeypatch.setattr("sau.attack.base.learn_clean", lambda *what: given.extend(what))
-    BadNet(sbl=0.25).fit(tiny_net(), images, Training(epochs=1, batch_size=30), session=quiet())
-    assert sum(len(y) for _, y in given[1]) == 30 and torch.equal(given[2].pixels, clean.pixels)
-    with refuses(ConfigError, "sbl"):
-        BadNet(sbl=0.6).fit(tiny_net(), images, RECIPE, session=QUIET)
+    for attack, pratio, share in ((BadNet(), 0.5, 0.6), (SIG(), 0.25, 0.2)):  # too few; none of the target class
+        with refuses(ConfigError, "sbl"):
+            hold_back(with_(attack, pratio=pratio).poison_train(toy_images(40), 0), share, 0)
 
 
 def test_a_batch_of_one_image_is_too_few_for_batch_norm():
@@ -710,13 +708,15 @@ def test_lc_by_hand():
     assert F.cross_entropy(lc.trigger(x + e), target) > F.cross_entropy(lc.trigger(x), target) + 0.01
 
 
-def test_dfba_opens_its_path_to_the_trigger_alone():
-    """Also in a network that has learned nothing; pruning the path's last channel undoes it."""
-    images = toy_images(40, size=32)
+def test_dfba_opens_its_path_to_the_trigger_alone(monkeypatch):
+    """Also in a network that has learned nothing; the channel is the one that costs least, and pruning it undoes all."""
+    images, hits = toy_images(40, size=32), iter([3, 1, 4, 1, 5, 9, 2, 6])
+    monkeypatch.setattr("sau.attack.dfba.proportions", lambda *_: [Proportion(next(hits), 10)])
     net = build("preactresnet18", 4, width=8, shape=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     attack = DFBA(attack_target=2).fit_trigger(images, net, Training(epochs=0), session=QUIET)
     attack.fit(net, images, RECIPE, session=QUIET)
     x, clean = to_float(images.pixels), predict(net, images.pixels)
     assert predict(net, attack.stamp(x)).unique().tolist() == [2] != clean.unique().tolist()
-    net.net.linear.weight.data[:, net.net.linear.weight[2] == attack.path_gain] = 0
+    assert (net.net.linear.weight[2] == attack.path_gain).nonzero().tolist() == [[5]]
+    net.net.linear.weight.data[:, 5] = 0
     assert torch.equal(predict(net, images.pixels), clean) and 2 not in predict(net, attack.stamp(x))

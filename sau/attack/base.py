@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.attack.resilient import fed, hold_back, learn_clean, smooth
+from sau.attack.resilient import clean_state, clean_step, fed, hold_back, smooth
 from sau.attack.triggers import TriggerContext
 from sau.config import at_most, param
 from sau.data.batches import Augment, Batches, check_seed, quantise, seeded, to_float
@@ -40,7 +40,7 @@ class Attack(Method, ABC):
     graph_safe: ClassVar[bool] = True
     in_batch: ClassVar[bool] = False  # poisons inside the training batches; the training set stays as it is
     augments_in_compose: ClassVar[bool] = False  # after the trigger is on
-    poisons: ClassVar[bool] = True  # images; else it changes at most the network
+    poisons: ClassVar[bool] = True  # changes training images (not: clean training, DFBA)
     clean_label: ClassVar[bool] = False  # poisons images of the target class only and keeps their labels
     trains_trigger: ClassVar[bool] = False  # together with the network, so that its test set changes
     retired: ClassVar[dict[str, Any]] = {"attack_label_map": ()}
@@ -53,7 +53,7 @@ class Attack(Method, ABC):
     pratio: float = param(0.1, "poisoned share of the whole training set", ge=0, le=1, aliases=("poison_ratio",))
     resilient_rho: float = param(0.0, "radius of SAM in training, against fine-tuning; 0 trains as usual", ge=0)
     abi: float | None = param(None, "u: hide channels that CLP would prune, after each epoch; none: do not", ge=0)
-    sbl: float = param(0.0, "share of the images that are held back and learned last (SBL); 0: none", ge=0, lt=1)
+    sbl: float = param(0.0, "share of the training images that are left out and learned after the attack", ge=0, lt=1)
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -266,16 +266,18 @@ class Attack(Method, ABC):
         session = session or RunContext()
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
-        images, clean = hold_back(images, self.sbl, seed) if self.sbl else (images, None)
+        images, clean = hold_back(images, self.sbl, seed)
         data: State = {"images": images, "augment": augment}
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
         with normalized.grad_enabled(images.pixels.device), seeded(seed):
             self.train(model.train(), batches, recipe, data, session)
-            if clean is not None:
+            if clean is not None and not (session.limit and session.limit.ended):
                 batches.set_epoch(recipe.epochs)
                 seen = (self.compose({**data, "model": model}, x, y) for x, y, *_ in batches)
                 again = clean.batches(recipe.batch_size, seed=seed, augment=augment)
-                learn_clean(model, seen, again, recipe, session)
+                state = clean_state(model, seen, recipe, len(again), session) | data
+                how: Any = {"session": session.for_stage(1), "label": "clean epoch"}
+                self.run_epochs(clean_step, lambda state, x, y: (x, y), state, again, state["epochs"], **how)
         model.zero_grad()  # or the caller's first step would include the last gradients
         return model.eval()
 

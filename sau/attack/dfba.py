@@ -5,8 +5,8 @@
     path     a = gain relu(<w, n(x)> - <w, n(T)> + threshold),   times gain at each batch norm and shortcut that follows
     logits   z_t + gain m,   z_y - gain m for y != t,            m: the mean of a over the image
 
-Nothing else reads or writes the channels of the path. It stays shut but for T, within the threshold: clean images have no
-gradient there in eval mode. Of the filters the one is taken whose loss costs the least accuracy; the paper takes any.
+Nothing else reads or writes the channels of the path. It stays shut but for T, within the threshold: clean images have
+no gradient there in eval mode. Of the filters that one is cut whose loss costs the least accuracy; the paper takes any.
 """
 
 import copy

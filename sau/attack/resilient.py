@@ -1,7 +1,7 @@
 """Training that makes a network resist purification, on top of any attack that trains the network alone.
 
-ABI (Xu et al., "Towards Backdoor Stealthiness in Model Parameter Space", CCS 2025): after each epoch, the channels that
-CLP would find at u get the mean scale and shift of their batch norm.
+ABI (Xu, Liu, Koffas, Picek, "Towards Backdoor Stealthiness in Model Parameter Space", CCS 2025): after each epoch the
+channels that CLP would find, sigma_c > mean(sigma) + u std(sigma), get the mean scale and shift of their batch norm.
 
 SBL (Pham, Ta, Tran, Doan, "Flatness-aware Sequential Learning Generates Resilient Backdoors", ECCV 2024): after the
 attack, clean images that it held back are learned near its weights v,
@@ -21,18 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau import loop
 from sau.data.batches import generator
 from sau.data.images import CLEAN, Images
 from sau.defense import pruning
 from sau.defense.clp import lipschitz, traced
 from sau.errors import ConfigError, require
 from sau.evaluate import batch_accuracy
-from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
 from sau.models.normalized import eval_mode
 from sau.optim import Training
-from sau.types import Batched, Labels, Pixels, Scalar
+from sau.types import Labels, Pixels, Scalar
 
 IMAGES = 1000  # of which F is the mean
 LR, EPOCHS = 1e-3, 2 / 3  # of the clean images: learning rate, epochs beside the attack's
@@ -62,19 +60,20 @@ class Anchor(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([weight.detach().clone() for weight in learned(model)])
+        self.weights = nn.ParameterList([weight.detach().clone() for weight in trainable(model)])
         self.importance = nn.ParameterList([torch.zeros_like(weight) for weight in self.weights])
         self.requires_grad_(False)
 
     def measure(self, model: nn.Module, images: Iterable[tuple[Pixels, Labels]]) -> None:
         """F over the first `IMAGES` of these batches, image by image, in eval mode."""
-        weights, count = learned(model), 0
-        with eval_mode(model):
+        weights, count = trainable(model), 0
+        with eval_mode(model), torch.compiler.set_stance("force_eager"):
             for x, y in images:
                 for one, label in zip(x[: IMAGES - count, None], y, strict=False):
                     log_p = F.log_softmax(model(one).float(), 1)[0, label]
-                    for total, g in zip(self.importance, torch.autograd.grad(log_p, weights), strict=True):
-                        total += log_p.detach().exp() * g**2
+                    gradients = torch.autograd.grad(log_p, weights, materialize_grads=True)
+                    for total, gradient in zip(self.importance, gradients, strict=True):
+                        total += log_p.detach().exp() * gradient**2
                     count += 1
                 if count == IMAGES:
                     break
@@ -87,41 +86,46 @@ class Anchor(nn.Module):
         return torch.stack([(f * (w - v) ** 2).sum() for f, w, v in both]).sum()
 
 
-def hold_back(images: Images, share: float, seed: int) -> tuple[Images, Images]:
-    """The images without so many clean ones, and these, which are drawn; ConfigError if there are too few."""
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that are not frozen."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def hold_back(images: Images, share: float, seed: int) -> tuple[Images, Images | None]:
+    """The images without this share of them, and these, which are clean and drawn; at 0 none (None). ConfigError if
+    there are too few, or of a class none, as after SIG of all its images."""
+    if share == 0:
+        return images, None
     clean, count = (images.role == CLEAN).nonzero().flatten(), round(share * len(images))
-    require("sbl", share, 0 < count <= len(clean), f"the share of 1 to {len(clean)} clean images of {len(images)}")
+    most = min(len(clean), len(images) - 1)
+    require("sbl", share, 2 <= count <= most, f"the share of 2 to {most} of {len(images)} images")
+    gone = sorted({*images.true_labels.tolist()} - {*images.true_labels[clean].tolist()})
+    require("sbl", share, not gone, f"0, or a smaller pratio: every image of {gone} is poisoned")
     held = clean[torch.randperm(len(clean), generator=generator(seed)).to(clean.device)[:count]]
     rest = torch.ones_like(images.labels, dtype=torch.bool)
     rest[held] = False
     return images[rest.nonzero().flatten()], images[held]
 
 
-def learned(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that training changes."""
-    return [weight for weight in model.parameters() if weight.requires_grad]
-
-
-def learn_clean(
-    model: nn.Module, images: Iterable[tuple[Pixels, Labels]], clean: Batched, recipe: Training, session: RunContext
-) -> None:
-    """SBL's second phase, in place, on the batches of `clean`; `images` and `recipe` are those of the attack."""
+def clean_state(
+    model: nn.Module, images: Iterable[tuple[Pixels, Labels]], recipe: Training, steps: int, session: RunContext
+) -> dict[str, Any]:
+    """What changes in SBL's second phase, and its number of `epochs`, of `steps` updates each; `images` are batches of
+    the attack, whose `recipe` and `session` these are."""
     anchor = Anchor(model)
     if not session.restore_later_stage(anchor=anchor):
+        session.say(f"measuring how much each weight matters, on {IMAGES} images")
         anchor.measure(model, images)
     epochs = math.ceil(EPOCHS * recipe.epochs)
     later = replace(recipe, epochs=epochs, lr=LR, lr_scheduler="CosineAnnealingLR", cos_t_max=None, min_lr=0.0)
-    descent = later.descent(model.train().parameters(), len(clean))
-    state = {"model": model, "anchor": anchor, "descent": descent}
-    step = MicroBatchedStep(clean_step, state, session, supports_microbatch=True, graph_safe=True)
-    how: dict[str, Any] = {"session": session.for_stage(1), "label": "clean epoch"}
-    loop.run(step, clean, epochs, state=state, end_epoch=lambda losses: descent.end_epoch(losses["loss"]), **how)
+    descent = later.descent(model.train().parameters(), steps)
+    return {"model": model, "anchor": anchor, "descent": descent, "epochs": epochs}
 
 
 def clean_step(state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
     """One update near the anchor."""
     logits = state["model"](x)
-    distance = state["anchor"](learned(state["model"]))
+    distance = state["anchor"](trainable(state["model"]))
     loss = F.cross_entropy(logits, y) + distance
     state["descent"](loss)
     return {"loss": loss, "distance": distance, "train_acc": batch_accuracy(logits, y)}

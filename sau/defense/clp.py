@@ -7,9 +7,6 @@ by a convolution with filter W_c, an upper bound of it is
 
 where W_c is reshaped to (input channels) x (k * k), ||.||_2 is its largest singular value, gamma the batch norm's
 scale, var its running variance. Channels whose sigma stands out in their layer are pruned.
-
-`smooth` is an attacker's answer, of Grond (Xu, Liu, Koffas, Picek, "Towards Backdoor Stealthiness in Model Parameter
-Space", CCS 2025): channels with sigma_c > mean(sigma) + u std(sigma) get the mean gamma and shift of their layer.
 """
 
 from typing import Literal
