@@ -709,7 +709,7 @@ def test_lc_by_hand():
 
 
 def test_dfba_opens_its_path_to_the_trigger_alone(monkeypatch):
-    """Also in a network that has learned nothing; the channel is the one that costs least, and pruning it undoes all."""
+    """Also in a network that has learned nothing; the channel is the one that costs least; pruning it undoes all."""
     images, hits = toy_images(40, size=32), iter([3, 1, 4, 1, 5, 9, 2, 6])
     monkeypatch.setattr("sau.attack.dfba.proportions", lambda *_: [Proportion(next(hits), 10)])
     net = build("preactresnet18", 4, width=8, shape=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
