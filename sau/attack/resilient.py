@@ -13,7 +13,7 @@ clean images finds nothing left to change. SAM, which the paper adds in the atta
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.normalized import eval_mode
 from sau.optim import Training
-from sau.types import Labels, Pixels, Scalar
+from sau.types import Labels, Loader, Pixels, Scalar
 
 IMAGES = 1000  # of which F is the mean
 LR, EPOCHS = 1e-3, 2 / 3  # of the clean images: learning rate, epochs beside the attack's
@@ -64,7 +64,7 @@ class Anchor(nn.Module):
         self.importance = nn.ParameterList([torch.zeros_like(weight) for weight in self.weights])
         self.requires_grad_(False)
 
-    def measure(self, model: nn.Module, images: Iterable[tuple[Pixels, Labels]]) -> None:
+    def measure(self, model: nn.Module, images: Loader) -> None:
         """F over the first `IMAGES` of these batches, image by image, in eval mode."""
         weights, count = trainable(model), 0
         with eval_mode(model), torch.compiler.set_stance("force_eager"):
@@ -107,9 +107,7 @@ def hold_back(images: Images, share: float, seed: int) -> tuple[Images, Images |
     return images[rest.nonzero().flatten()], images[held]
 
 
-def clean_state(
-    model: nn.Module, images: Iterable[tuple[Pixels, Labels]], recipe: Training, steps: int, session: RunContext
-) -> dict[str, Any]:
+def clean_state(model: nn.Module, images: Loader, recipe: Training, steps: int, session: RunContext) -> dict[str, Any]:
     """What changes in SBL's second phase, and its number of `epochs`, of `steps` updates each; `images` are batches of
     the attack, whose `recipe` and `session` these are."""
     anchor = Anchor(model)
