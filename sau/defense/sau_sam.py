@@ -9,7 +9,8 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
 labels. In L, h is in train mode. The running statistics of batch norm are those of the clean images alone; the
-perturbed images are normalised by the statistics of their own batch.
+perturbed images are normalised by the statistics of their own batch. First h loses the channels that no clean image
+opens: no gradient would reach them.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
 trigger.
@@ -25,10 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
+from sau.data.batches import seeded, stack_batches
 from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
+from sau.defense.pruning import cut_closed
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
+from sau.loop import RunContext
 from sau.pgd import INIT_HELP, PATCHES_HELP, Init
 from sau.types import Batched, Flags, Labels, Pixels, Scalar
 
@@ -77,6 +81,13 @@ class SAUSAM(TrainingDefense):
         sam = FTSAM(rho=self.rho * size_factor(model))
         patches = self.sau.start_patches(reference, batches)
         return {**super().prepare(model, batches), "_reference": reference, "_sam": sam, **patches}
+
+    def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
+        with seeded(0):  # opening a loader draws, but not from our numbers
+            images = stack_batches(batches)[0].split(self.batch_size)
+        if count := cut_closed(state["model"], images):
+            session.say(f"{count} channels that no clean image opens are cut")
+        super().train(state, batches, session)
 
     @cached_property
     def sau(self) -> SAU:
