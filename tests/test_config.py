@@ -11,7 +11,7 @@ import yaml
 from toys import QUICK, REPOSITORY, refuses
 
 from sau.attack import ATTACKS, SIG, BadNet, InputAware, WaNet
-from sau.config import Setting, convert, options, param, values
+from sau.config import convert, options, param, values
 from sau.data.sources import SOURCES
 from sau.defense import DEFENSES, FT, IBAU, SAU
 from sau.errors import ConfigError
@@ -352,11 +352,3 @@ def test_fast_is_for_attacks_beforehand(refused):
     assert Settings("x", SAU, (DefenseRun, SAU), ["--recipe", "fast", "--device", "cpu"]).recipe("cpu")[0] == "paper"
     line = refused("attack", "badnet", "--dataset", "digits", "--recipe", "fast", *QUICK)
     assert "recipe is fast, which digits does not have; allowed is paper" in line
-
-
-def test_a_value_that_refers_to_itself_many_times_is_named_in_a_few_words():
-    """Aliases of YAML make a file of a few lines stand for more text than memory holds."""
-    value: Any = [1] * 9
-    for _ in range(20):
-        value = [value] * 9
-    assert len(str(Setting(value, "lr"))) < 100

@@ -1,5 +1,6 @@
 """What the pruning defenses share: the hold-out, the choice of a level, batch norms, resuming."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from defense_rows import ROWS
 from torch import nn
 from toys import pair, quiet, same_weights, tiny_net
 
-from sau.defense import FP, pruning
+from sau.defense import FP, SAUSAM, pruning
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Proportion, Score
 from sau.loop import Limit, RunContext
@@ -125,6 +126,16 @@ def pruning_net(*more: nn.Module) -> nn.Sequential:
     return net.eval()
 
 
+def test_channels_that_no_image_opens_are_cut_where_no_logit_changes():
+    for layer, count in ((nn.Identity(), 0), (nn.ReLU(), 2)):
+        (net := pruning_net())[2] = layer
+        net.get_parameter("1.bias").data = torch.tensor([-9.0] * 2 + [1.0] * 8)
+        cut = copy.deepcopy(net)
+        assert pruning.cut_closed(cut, pair()[0].split(3)) == int((cut[1].bias == 0).sum()) == count
+    fixed = SAUSAM(epochs=2, batch_size=8).purify(net, pair(), session=quiet())
+    assert (fixed[1].bias == 0).nonzero().tolist() == (fixed[1].weight == 0).nonzero().tolist() == [[0], [1]]
+
+
 @pytest.mark.parametrize("defense", [*PRUNING.values(), LAST], ids=[*PRUNING, "fp"])
 def test_sync_batch_norms_are_pruned_like_any(defense):
     """Whatever the mode of the network that is given."""
@@ -136,7 +147,7 @@ def test_sync_batch_norms_are_pruned_like_any(defense):
 
 @each_method
 def test_batch_norms_of_other_kinds_do_no_harm(defense):
-    """A SyncBatchNorm behind a linear layer, one without shifts, which stays as it is, one with two names."""
+    """A SyncBatchNorm behind a linear layer, and one without shifts, which stays as it is."""
     net = nn.SyncBatchNorm.convert_sync_batchnorm(pruning_net(nn.BatchNorm1d(4)))
     fixed = defense.purify(net, pair(), session=quiet())
     assert fixed(pair()[0]).isfinite().all() and not same_weights(fixed, net)
@@ -144,7 +155,3 @@ def test_batch_norms_of_other_kinds_do_no_harm(defense):
     net[1].bias = None
     fixed = defense.purify(net, pair(), session=quiet())
     assert torch.equal(fixed[1].weight, net[1].weight) and not same_weights(fixed, net)
-    net = tiny_net()
-    net.alias = net.features[1]
-    twice, once = (defense.purify(each, pair(), session=quiet()).features[1].weight for each in (net, tiny_net()))
-    assert (once == 0).any() and torch.equal(once, twice)

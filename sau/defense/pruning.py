@@ -159,7 +159,7 @@ def trace(model: nn.Module, x: Pixels, *kinds: type[nn.Module]) -> list[tuple[nn
 
 
 @torch.no_grad()
-def cut_closed(model: nn.Module, images: Sequence[Pixels]) -> int:
+def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
     """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, where no
     logit changes by it; returns how many. Behind a ReLU such a channel has no gradient, so no training on the images
     would change it."""
