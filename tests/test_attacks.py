@@ -21,7 +21,7 @@ from sau.attack.blended import sailing_boat
 from sau.attack.dfba import DFBA
 from sau.attack.resilient import Anchor, clean_state, clean_step, hold_back, smooth
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, to_float
-from sau.defense.pruning import cut_closed
+from sau.defense.sau_sam import cut_closed
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, predict, score
 from sau.loop import RunContext

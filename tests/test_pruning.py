@@ -9,7 +9,7 @@ from defense_rows import ROWS
 from torch import nn
 from toys import pair, quiet, same_weights, tiny_net
 
-from sau.defense import FP, SAUSAM, pruning
+from sau.defense import FP, SAUSAM, pruning, sau_sam
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import Proportion, Score
 from sau.loop import Limit, RunContext
@@ -131,7 +131,7 @@ def test_channels_that_no_image_opens_are_cut_where_no_logit_changes():
         (net := pruning_net())[2] = layer
         net.get_parameter("1.bias").data = torch.tensor([-9.0] * 2 + [1.0] * 8)
         cut = copy.deepcopy(net)
-        assert pruning.cut_closed(cut, pair()[0].split(3)) == int((cut[1].bias == 0).sum()) == count
+        assert sau_sam.cut_closed(cut, pair()[0].split(3)) == int((cut[1].bias == 0).sum()) == count
     fixed = SAUSAM(epochs=2, batch_size=8).purify(net, pair(), session=quiet())
     assert (fixed[1].bias == 0).nonzero().tolist() == (fixed[1].weight == 0).nonzero().tolist() == [[0], [1]]
 

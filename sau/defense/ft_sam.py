@@ -1,4 +1,4 @@
-"""FT-SAM (Zhu, Wei, Shen, Fan, Wu, ICCV 2023): fine-tuning by adaptive sharpness-aware minimisation.
+"""FT, plain fine-tuning, and FT-SAM (Zhu, Wei, Shen, Fan, Wu, ICCV 2023), by adaptive sharpness-aware minimisation.
 
     min_w  max_{e in N(w)}  L(w + e),      N(w) = { e : | e / |w| |_2 <= rho },
 

@@ -19,7 +19,7 @@ from sau.defense.base import Defense, Select
 from sau.errors import ConfigError, TrainingError
 from sau.evaluate import score
 from sau.loop import RunContext
-from sau.models.normalized import eval_mode, forward_hooks, full_precision, require_plain_weight
+from sau.models.normalized import forward_hooks, full_precision, require_plain_weight
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Logits, Pixels
 
@@ -156,35 +156,6 @@ def trace(model: nn.Module, x: Pixels, *kinds: type[nn.Module]) -> list[tuple[nn
     with forward_hooks((module, follow) for module in model.modules() if isinstance(module, kinds)):
         model(x)
     return calls
-
-
-@torch.no_grad()
-def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
-    """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, where no
-    logit changes by it; returns how many. Behind a ReLU such a channel has no gradient, so no training on the images
-    would change it."""
-    highest: dict[nn.Module, Tensor] = {}
-
-    def watch(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        top = output.movedim(1, 0).flatten(1).amax(1)
-        highest[norm] = top.maximum(highest.get(norm, top))
-
-    def logits() -> Logits:
-        return torch.cat([model(x) for x in images])
-
-    norms, count = affine_norms(model), 0
-    with eval_mode(model):
-        with forward_hooks((norm, watch) for norm in norms.values()):
-            before = logits()
-        closed = {name: highest[norm] <= 0 for name, norm in norms.items() if norm in highest}
-        for name in [name for name, flags in closed.items() if flags.any()]:
-            kept = copy.deepcopy(norms[name].state_dict())
-            PruningLevel("closed", {name: closed[name]}).prune(model)
-            if torch.equal(logits(), before):
-                count += int(closed[name].sum())
-            else:
-                norms[name].load_state_dict(kept)
-    return count
 
 
 # Outliers: CLP, BNP and EP

@@ -18,6 +18,7 @@ trigger.
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,12 +30,13 @@ from sau.config import param
 from sau.data.batches import seeded, stack_batches
 from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
-from sau.defense.pruning import cut_closed
+from sau.defense.pruning import PruningLevel, affine_norms
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
+from sau.models.normalized import eval_mode, forward_hooks
 from sau.pgd import INIT_HELP, PATCHES_HELP, Init
-from sau.types import Batched, Flags, Labels, Pixels, Scalar
+from sau.types import Batched, Flags, Labels, Logits, Pixels, Scalar
 
 
 def size_factor(model: nn.Module) -> float:
@@ -118,3 +120,32 @@ class SAUSAM(TrainingDefense):
         if self.weight_true:
             loss = loss + self.weight_true * (mask * F.cross_entropy(z, y, reduction="none")).mean()
         return loss
+
+
+@torch.no_grad()
+def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
+    """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, where no
+    logit changes by it; returns how many. Behind a ReLU such a channel has no gradient, so no training on the images
+    would change it."""
+    highest: dict[nn.Module, Tensor] = {}
+
+    def watch(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        top = output.movedim(1, 0).flatten(1).amax(1)
+        highest[norm] = top.maximum(highest.get(norm, top))
+
+    def logits() -> Logits:
+        return torch.cat([model(x) for x in images])
+
+    norms, count = affine_norms(model), 0
+    with eval_mode(model):
+        with forward_hooks((norm, watch) for norm in norms.values()):
+            before = logits()
+        closed = {name: highest[norm] <= 0 for name, norm in norms.items() if norm in highest}
+        for name in [name for name, flags in closed.items() if flags.any()]:
+            kept = copy.deepcopy(norms[name].state_dict())
+            PruningLevel("closed", {name: closed[name]}).prune(model)
+            if torch.equal(logits(), before):
+                count += int(closed[name].sum())
+            else:
+                norms[name].load_state_dict(kept)
+    return count
