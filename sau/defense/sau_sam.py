@@ -124,28 +124,30 @@ class SAUSAM(TrainingDefense):
 
 @torch.no_grad()
 def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
-    """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, where no
-    logit changes by it; returns how many. Behind a ReLU such a channel has no gradient, so no training on the images
-    would change it."""
+    """Zero, in place, what these batches leave shut in eval mode, where no logit changes by it; returns how much: the
+    channels whose batch norm puts out nothing above 0, and the inputs of linear layers that are always 0."""
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    layers: dict[str, nn.Module] = {**linear, **affine_norms(model)}
     highest: dict[nn.Module, Tensor] = {}
 
-    def watch(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        top = output.movedim(1, 0).flatten(1).amax(1)
-        highest[norm] = top.maximum(highest.get(norm, top))
+    def watch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen = inputs[0].abs().movedim(-1, 0) if isinstance(layer, nn.Linear) else output.movedim(1, 0)
+        top = seen.flatten(1).amax(1)
+        highest[layer] = top.maximum(highest.get(layer, top))
 
     def logits() -> Logits:
         return torch.cat([model(x) for x in images])
 
-    norms, count = affine_norms(model), 0
+    count = 0
     with eval_mode(model):
-        with forward_hooks((norm, watch) for norm in norms.values()):
+        with forward_hooks((layer, watch) for layer in layers.values()):
             before = logits()
-        closed = {name: highest[norm] <= 0 for name, norm in norms.items() if norm in highest}
+        closed = {name: highest[layer] <= 0 for name, layer in layers.items() if layer in highest}
         for name in [name for name, flags in closed.items() if flags.any()]:
-            kept = copy.deepcopy(norms[name].state_dict())
+            kept = copy.deepcopy(layers[name].state_dict())
             PruningLevel("closed", {name: closed[name]}).prune(model)
             if torch.equal(logits(), before):
                 count += int(closed[name].sum())
             else:
-                norms[name].load_state_dict(kept)
+                layers[name].load_state_dict(kept)
     return count
