@@ -9,8 +9,8 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
 labels. In L, h is in train mode. The running statistics of batch norm are those of the clean images alone; the
-perturbed images are normalised by the statistics of their own batch. First h loses the channels that no clean image
-opens: no gradient would reach them.
+perturbed images are normalised by the statistics of their own batch. First h loses what no clean image opens
+(`cut_closed`): no gradient would reach it.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
 trigger.
@@ -88,7 +88,7 @@ class SAUSAM(TrainingDefense):
         with seeded(0):  # opening a loader draws, but not from our numbers
             images = stack_batches(batches)[0].split(self.batch_size)
         if count := cut_closed(state["model"], images):
-            session.say(f"{count} channels that no clean image opens are cut")
+            session.say(f"{count} channels and inputs that no clean image opens are cut")
         super().train(state, batches, session)
 
     @cached_property
@@ -124,8 +124,8 @@ class SAUSAM(TrainingDefense):
 
 @torch.no_grad()
 def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
-    """Zero, in place, what these batches leave shut in eval mode, where no logit changes by it; returns how much: the
-    channels whose batch norm puts out nothing above 0, and the inputs of linear layers that are always 0."""
+    """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, and the
+    inputs of linear layers that are always 0, in each layer where no logit changes by it; returns how many."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     layers: dict[str, nn.Module] = {**linear, **affine_norms(model)}
     highest: dict[nn.Module, Tensor] = {}
@@ -142,12 +142,13 @@ def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
     with eval_mode(model):
         with forward_hooks((layer, watch) for layer in layers.values()):
             before = logits()
-        closed = {name: highest[layer] <= 0 for name, layer in layers.items() if layer in highest}
-        for name in [name for name, flags in closed.items() if flags.any()]:
-            kept = copy.deepcopy(layers[name].state_dict())
-            PruningLevel("closed", {name: closed[name]}).prune(model)
+        for name, layer in layers.items():
+            if layer not in highest or not (closed := highest[layer] <= 0).any():
+                continue
+            kept = copy.deepcopy(layer.state_dict())
+            PruningLevel("closed", {name: closed}).prune(model)
             if torch.equal(logits(), before):
-                count += int(closed[name].sum())
+                count += int(closed.sum())
             else:
-                layers[name].load_state_dict(kept)
+                layer.load_state_dict(kept)
     return count
