@@ -26,9 +26,8 @@ def browser() -> Iterator[Any]:
     for flag in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", *alone):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER)) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +77,7 @@ def test_it_loads_without_errors_and_nothing_overflows(browser, page, width, sch
 
 def test_sorting_filtering_and_opening(browser, page):
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
 
     look(browser, page)
     asr = browser.find_element("xpath", "//table[@class='board']//th[button[text()='ASR %']]")
@@ -97,4 +97,4 @@ def test_sorting_filtering_and_opening(browser, page):
     body.find_element("css selector", "td:nth-child(4)").click()
     assert not detail.is_displayed()
     browser.find_element("css selector", f".heat a[href='#{body.get_attribute('id')}']").send_keys(Keys.ENTER)
-    assert detail.is_displayed()
+    WebDriverWait(browser, 10).until(lambda _: detail.is_displayed())  # the page hears of a new #id a little later
