@@ -115,20 +115,20 @@ def attacked() -> tuple[nn.Module, nn.Module]:
     return net, reference
 
 
-@pytest.mark.parametrize("weight_true", [0.0, 0.5])
-def test_a_step_is_the_formulas_in_double_precision(weight_true):
+@pytest.mark.parametrize(("true", "distill"), [(0.0, 1.0), (0.0, 0.0), (0.5, 0.7)])
+def test_a_step_is_the_formulas_in_double_precision(true, distill):
     (net, reference), (x, y) = attacked(), batch(12, 5)
     twin = copy.deepcopy(net)
     method = SAUSAM(
-        eps=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero", rho=RHO, label_smoothing=SMOOTHING, lr=LR,
-        weight_true=weight_true, weight_shared=1.5, patches=0.0, sgd_momentum=0.0, wd=0.0, lr_scheduler="constant",
+        eps=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero", rho=RHO, label_smoothing=SMOOTHING, lr=LR, wd=0.0,
+        weight_true=true, weight_shared=1.5, distill=distill, patches=0.0, sgd_momentum=0.0, lr_scheduler="constant",
     )  # fmt: skip
 
     search = ReleasedSAU(twin, reference, trigger_norm=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero")
     found = x + search.perturb(x, y)
     s, kept = reference(found).argmax(1), reference(x).argmax(1)
     others = torch.full((12, 3), SMOOTHING / 2, dtype=torch.float64)
-    soft = others.scatter(1, y[:, None], 1 - SMOOTHING)
+    soft = (1 - distill) * others.scatter(1, y[:, None], 1 - SMOOTHING) + distill * reference(x).softmax(1).detach()
 
     def loss() -> torch.Tensor:
         z, z_adv = twin(x), twin(found)
@@ -137,7 +137,7 @@ def test_a_step_is_the_formulas_in_double_precision(weight_true):
         for i in range(12):
             if s[i] != y[i] and s[i] != kept[i]:
                 total = total - 1.5 * (1 + 1e-6 - p[i, s[i]]).log() / 12
-                total = total + weight_true * F.cross_entropy(z_adv[i : i + 1], y[i : i + 1]) / 12
+                total = total + true * F.cross_entropy(z_adv[i : i + 1], y[i : i + 1]) / 12
         return total
 
     twin.train()
@@ -166,7 +166,7 @@ def test_the_search_starts_at_random_inside_the_ball():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(SAUSAM(eps=EPS, patches=0.0).search({"model": net, "_reference": reference}, x, y)[0])
+        found.append(SAUSAM(eps=EPS, patches=0.0).search({"model": net, "_reference": reference}, x, y)[1])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert ((found[0] - x).abs() <= EPS + 1e-12).all()
 
@@ -176,9 +176,10 @@ def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
     method = SAUSAM(patches=0.0)
     for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
         assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
-    few = method.adapted(PreActResNet18(width=16), 100)
+    few, small = (method.adapted(PreActResNet18(width=width), 100) for width in (16, 4))
     assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05)
-    assert (few.adv_steps, few.patches) == (5, 0.5)
+    assert (few.adv_steps, few.patches, few.lr, few.rho) == (5, 0.5, 0.005, 1.0)
+    assert [(one.distill, one.weight_shared) for one in (few, small)] == [(1.0, 1.0), (0.5, 0.5)] and small.lr == 0.005
     assert method.adapted(PreActResNet18(width=16), 2500) == method and SAUSAM().patches == 0.3
 
 

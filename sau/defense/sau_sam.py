@@ -7,8 +7,9 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     loss    L(w) = CE(h(x), y) + l2 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
-The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The clean loss has smoothed
-labels. In L, h is in train mode. The running statistics of batch norm are those of the clean images alone; the
+The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
+smoothed; with few images it is h_b's softmax q(x) instead (`distill`; Hinton, Vinyals, Dean, 2015), which says more
+than a label. In L, h is in train mode. The running statistics of batch norm are those of the clean images alone; the
 perturbed images are normalised by the statistics of their own batch. First h loses what no clean image opens
 (`cut_closed`): no gradient would reach it.
 
@@ -50,6 +51,7 @@ class SAUSAM(TrainingDefense):
     name = "sau-sam"
     gradients = "images"
     few_suffice = True
+    later = ("distill",)
 
     epochs: int = 10
     batch_size: int = 128
@@ -61,17 +63,22 @@ class SAUSAM(TrainingDefense):
     pgd_init: Init = param("random", INIT_HELP)
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
+    distill: float = param(0.0, "share of h_b's probabilities in the labels of the clean loss", ge=0, le=1)
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
     patches: float = param(0.3, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, chosen on 143
-        images of digits, at a rate that falls as rho, and half of the images get a patch; without batch norm by Adam,
-        and the search is SAU's."""
+        """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
+        the images get a patch. With batch norm h_b's probabilities replace the labels, l2 is twice as large, the rate
+        a quarter and rho half; networks of fewer than 700,000 weights keep half of the labels, l2 and rho, and have a
+        rate that falls as rho. Without batch norm Adam trains, and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
-        how: dict[str, Any] = {"lr": float(f"{self.lr * size_factor(model):.1e}")}
+        how: dict[str, Any] = {"lr": self.lr / 4, "rho": self.rho / 2, "weight_shared": 2 * self.weight_shared}
+        if (small := size_factor(model)) < 1:
+            how = {"lr": float(f"{self.lr * small:.1e}")}
+        how["distill"] = 0.5 if small < 1 else 1.0
         if not norm:
             how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
             how |= {"pgd_init": "max", "adv_lr": 0.2}
@@ -103,20 +110,24 @@ class SAUSAM(TrainingDefense):
         logits = model.train()(x)
         loss = self.loss(model, logits, y, *found)
         worst = state["_sam"].update(model, state["descent"], loss, lambda: self.loss(model, model(x), y, *found))
-        return {"loss": loss, "worst_loss": worst, "shared": found[2].sum(), "clean_acc": batch_accuracy(logits, y)}
+        return {"loss": loss, "worst_loss": worst, "shared": found[3].sum(), "clean_acc": batch_accuracy(logits, y)}
 
-    def search(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags]:
-        """x', s, and where s is neither the label nor h_b's answer on x."""
+    def search(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Pixels, Labels, Flags]:
+        """q(x) [B, K], x', s, and where s is neither the label nor h_b's answer on x."""
         with torch.no_grad():
-            clean, clean_ref = state["model"].eval()(x).argmax(1), state["_reference"](x).argmax(1)
-        delta, s = self.sau.search(state, x, y, clean, clean_ref)
-        return x + delta, s, (s != y) & (s != clean_ref)
+            clean, z_ref = state["model"].eval()(x).argmax(1), state["_reference"](x)
+        delta, s = self.sau.search(state, x, y, clean, clean_ref := z_ref.argmax(1))
+        return z_ref.softmax(1), x + delta, s, (s != y) & (s != clean_ref)
 
-    def loss(self, model: nn.Module, logits: Tensor, y: Labels, adversarial: Pixels, s: Labels, mask: Flags) -> Scalar:
+    def loss(
+        self, model: nn.Module, logits: Logits, y: Labels, q: Tensor, adversarial: Pixels, s: Labels, mask: Flags
+    ) -> Scalar:
         """L from the logits of the clean images."""
         with perturbed(model, (), ()):  # the statistics of this batch do not enter the running ones
             z = model(adversarial)
-        loss = smoothed_loss(logits, y, self.label_smoothing) + self.weight_shared * unsharing_loss(z, s, mask)
+        label = smoothed_loss(logits, y, self.label_smoothing)
+        loss = self.distill * F.cross_entropy(logits, q) + (1 - self.distill) * label
+        loss = loss + self.weight_shared * unsharing_loss(z, s, mask)
         if self.weight_true:
             loss = loss + self.weight_true * (mask * F.cross_entropy(z, y, reduction="none")).mean()
         return loss
