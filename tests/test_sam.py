@@ -178,8 +178,16 @@ def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
         assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
     few, small = (method.adapted(PreActResNet18(width=width), 100) for width in (16, 4))
     assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05)
-    assert (few.adv_steps, few.patches, few.lr, few.rho) == (5, 0.5, 0.005, 1.0)
-    assert [(one.distill, one.weight_shared) for one in (few, small)] == [(1.0, 1.0), (0.5, 0.5)] and small.lr == 0.005
+    assert (few.adv_steps, few.patches, few.lr, few.rho, few.weight_shared, small.lr) == (
+        5,
+        0.5,
+        0.005,
+        1.0,
+        1.0,
+        0.005,
+    )
+    plain = [method.adapted(nn.Linear(9, 9), images) for images in (100, 2500)]
+    assert [one.distill for one in (few, small, *plain)] == [1.0, 0.5, 0.5, 0.0]
     assert method.adapted(PreActResNet18(width=16), 2500) == method and SAUSAM().patches == 0.3
 
 
