@@ -70,19 +70,18 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. Few images have h_b's probabilities as labels, at a quarter of the rate, half of rho and
-        twice l2. Networks of fewer than 700,000 weights keep half of the label, l2, and a rate that falls as rho does.
-        Those without batch norm keep half of the label and l2, too; Adam trains, and the search is SAU's."""
-        few, norm, small = images < ENOUGH, has_batch_norm(model), size_factor(model)
-        if norm and not few:
+        the images get a patch. With batch norm h_b's probabilities replace the labels, at a quarter of the rate, half
+        of rho and twice l2; networks of fewer than 700,000 weights keep half of the label, l2, and a rate that falls as
+        rho does. Without batch norm Adam trains, and the search is SAU's."""
+        if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
-        if not norm:
-            how: dict[str, Any] = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
-            how |= {"pgd_init": "max", "adv_lr": 0.2, "distill": 0.5 if few else self.distill}
-        elif small < 1:
+        how: dict[str, Any] = {"lr": self.lr / 4, "rho": self.rho / 2}
+        how |= {"weight_shared": 2 * self.weight_shared, "distill": 1.0}
+        if (small := size_factor(model)) < 1:
             how = {"lr": float(f"{self.lr * small:.1e}"), "distill": 0.5}
-        else:
-            how = {"lr": self.lr / 4, "rho": self.rho / 2, "weight_shared": 2 * self.weight_shared, "distill": 1.0}
+        if not norm:
+            how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
+            how |= {"pgd_init": "max", "adv_lr": 0.2}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
