@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import seeded, stack_batches
-from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, weight_rate
+from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, is_published, weight_rate
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.pruning import PruningLevel, affine_norms
 from sau.defense.sau import SAU, unsharing_loss
@@ -70,15 +70,15 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm h_b's probabilities replace the labels, at a quarter of the rate, half
-        of rho and twice l2; networks of fewer than 700,000 weights keep half of the label, l2, and a rate that falls as
-        rho does. Without batch norm Adam trains, and the search is SAU's."""
+        the images get a patch. With batch norm the rate falls as rho, and half of each label is h_b's softmax; in
+        PreAct-ResNet18 the whole, at a quarter of the rate, half of rho and twice l2. Without batch norm Adam trains,
+        and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
-        how: dict[str, Any] = {"lr": self.lr / 4, "rho": self.rho / 2}
-        how |= {"weight_shared": 2 * self.weight_shared, "distill": 1.0}
-        if (small := size_factor(model)) < 1:
-            how = {"lr": float(f"{self.lr * small:.1e}"), "distill": 0.5}
+        rate = self.lr * size_factor(model)
+        how: dict[str, Any] = {"lr": float(f"{rate:.1e}"), "distill": 0.5}
+        if is_published(model):
+            how = {"lr": rate / 4, "rho": self.rho / 2, "weight_shared": 2 * self.weight_shared, "distill": 1.0}
         if not norm:
             how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
             how |= {"pgd_init": "max", "adv_lr": 0.2}
