@@ -8,10 +8,10 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
-smoothed; with few images it is h_b's softmax q(x) instead (`distill`; Hinton, Vinyals, Dean, 2015), which says more
-than a label. In L, h is in train mode. The running statistics of batch norm are those of the clean images alone; the
-perturbed images are normalised by the statistics of their own batch. First h loses what no clean image opens
-(`cut_closed`): no gradient would reach it.
+smoothed; with few images h_b's softmax q(x) replaces all or half of it (`distill`; Hinton, Vinyals, Dean, 2015). In L,
+h is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
+normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
+would reach it.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
 trigger.
