@@ -8,7 +8,7 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
-smoothed; with few images h_b's softmax q(x) replaces all or half of it (`distill`; Hinton, Vinyals, Dean, 2015). In L,
+smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015), as few images need. In L
 h is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
 normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
 would reach it.
@@ -70,15 +70,15 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm the rate falls as rho, and half of each label is h_b's softmax; in
-        PreAct-ResNet18 the whole, at a quarter of the rate, half of rho and twice l2. Without batch norm Adam trains,
-        and the search is SAU's."""
+        the images get a patch. With batch norm the rate falls as rho, and half of each label is h_b's softmax; for
+        PreAct-ResNet18 the whole, at a quarter of the rate, with rho 1 and l2 1. Without batch norm Adam trains, and
+        the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
-        rate = self.lr * size_factor(model)
-        how: dict[str, Any] = {"lr": float(f"{rate:.1e}"), "distill": 0.5}
+        rate, how = self.lr * size_factor(model), dict[str, Any](distill=0.5)
         if is_published(model):
-            how = {"lr": rate / 4, "rho": self.rho / 2, "weight_shared": 2 * self.weight_shared, "distill": 1.0}
+            rate, how = rate / 4, {"distill": 1.0, "rho": 1.0, "weight_shared": 1.0}
+        how["lr"] = float(f"{rate:.1e}")
         if not norm:
             how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
             how |= {"pgd_init": "max", "adv_lr": 0.2}
