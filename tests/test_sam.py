@@ -165,7 +165,7 @@ def test_the_search_starts_at_random_inside_the_ball():
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(SAUSAM(eps=EPS, patches=0.0).search({"model": net, "_reference": reference}, x, y)[1])
+        found.append(SAUSAM(eps=EPS, patches=0.0).search({"model": net, "_reference": reference}, x, y)[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert ((found[0] - x).abs() <= EPS + 1e-12).all()
 

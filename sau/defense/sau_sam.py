@@ -8,8 +8,8 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
-smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015), as few images need. In L
-h is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
+smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015; see `adapted`). In L, h
+is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
 normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
 would reach it.
 
@@ -75,13 +75,14 @@ class SAUSAM(TrainingDefense):
         the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
-        rate, how = self.lr * size_factor(model), dict[str, Any](distill=0.5)
-        if is_published(model):
-            rate, how = rate / 4, {"distill": 1.0, "rho": 1.0, "weight_shared": 1.0}
-        how["lr"] = float(f"{rate:.1e}")
+        rate = self.lr * size_factor(model)
         if not norm:
-            how = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
+            how: dict[str, Any] = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
             how |= {"pgd_init": "max", "adv_lr": 0.2}
+        elif is_published(model):
+            how = {"lr": float(f"{rate / 4:.1e}"), "rho": 1.0, "weight_shared": 1.0, "distill": 1.0}
+        else:
+            how = {"lr": float(f"{rate:.1e}"), "distill": 0.5}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
@@ -110,17 +111,17 @@ class SAUSAM(TrainingDefense):
         logits = model.train()(x)
         loss = self.loss(model, logits, y, *found)
         worst = state["_sam"].update(model, state["descent"], loss, lambda: self.loss(model, model(x), y, *found))
-        return {"loss": loss, "worst_loss": worst, "shared": found[3].sum(), "clean_acc": batch_accuracy(logits, y)}
+        return {"loss": loss, "worst_loss": worst, "shared": found[2].sum(), "clean_acc": batch_accuracy(logits, y)}
 
-    def search(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Tensor, Pixels, Labels, Flags]:
-        """q(x) [B, K], x', s, and where s is neither the label nor h_b's answer on x."""
+    def search(self, state: dict[str, Any], x: Pixels, y: Labels) -> tuple[Pixels, Labels, Flags, Tensor]:
+        """x', s, where s is neither the label nor h_b's answer on x, and q(x) [B, K]."""
         with torch.no_grad():
             clean, z_ref = state["model"].eval()(x).argmax(1), state["_reference"](x)
         delta, s = self.sau.search(state, x, y, clean, clean_ref := z_ref.argmax(1))
-        return z_ref.softmax(1), x + delta, s, (s != y) & (s != clean_ref)
+        return x + delta, s, (s != y) & (s != clean_ref), z_ref.softmax(1)
 
     def loss(
-        self, model: nn.Module, logits: Logits, y: Labels, q: Tensor, adversarial: Pixels, s: Labels, mask: Flags
+        self, model: nn.Module, logits: Logits, y: Labels, adversarial: Pixels, s: Labels, mask: Flags, q: Tensor
     ) -> Scalar:
         """L from the logits of the clean images."""
         with perturbed(model, (), ()):  # the statistics of this batch do not enter the running ones
