@@ -1,6 +1,7 @@
 """The device and its threads, precision and memory."""
 
 import ctypes
+import math
 import os
 import resource
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from sau.errors import ConfigError
 from sau.evaluate import predict
 
-CPU_INFO = Path("/proc/cpuinfo")
+CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 MAX_THREADS = 1024
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # what glibc's malloc.h calls these settings
 
@@ -88,3 +89,14 @@ def peak_memory_mb(device: torch.device) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that new tensors may take: of the device on CUDA, elsewhere of the machine (infinity but on Linux)."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + held)
+    with suppress(OSError):
+        figures = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
+        return 2**10 * float(figures["MemAvailable"].split()[0])
+    return math.inf

@@ -1,15 +1,20 @@
 """What a user gives: pixels in other units than [0, 1], test images in a clean set, small clean sets, links."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from toys import QUICK, pair, quiet, refuses, same_weights, the_error, tiny_net, toy_images, triples
 
 from sau.data.batches import in_range
 from sau.data.sources import check_clean_set
-from sau.defense import CLP, EP, FT
+from sau.defense import CLP, EP, FT, SAU, checks
 from sau.errors import DataError
 from sau.evaluate import score
 from sau.loop import RunContext
@@ -121,3 +126,58 @@ def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here)
     assert status == 0 and out.count("note: the clean images have none of 9 of 10 classes") == 1, err
     notes = yaml.safe_load((victim / "defense" / "ft" / "config.yaml").read_text())["notes"]
     assert len(notes) == 1 and "9 of 10 classes" in notes[0]
+
+
+def peak_over_forecast() -> float:
+    """Run by itself: the memory that SAU takes, as the system counts it, over what is said before."""
+    import resource
+
+    from sau.models import PreActResNet18
+
+    def used() -> float:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    model = Normalized(PreActResNet18(10, width=16), MEAN, STD).eval()
+    x, y = torch.rand(256, 3, 32, 32), torch.arange(256) % 10
+    forecast, before, checks.compare = checks.update_bytes(model, x, 256), used(), lambda *_: {}
+    SAU(epochs=1).purify(model, (x, y), settings="as_given", session=quiet())
+    return (used() - before) / forecast
+
+
+def test_an_update_takes_about_the_memory_that_was_forecast():
+    argv = [sys.executable, "-c", "import test_given; print(test_given.peak_over_forecast())"]
+    done = subprocess.run(argv, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 2
+
+
+class Blocks(nn.Module):
+    """Layers that can be checkpointed as timm's can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(
+            nn.Flatten(), *[layer for _ in range(8) for layer in (nn.Linear(768, 768), nn.GELU())]
+        )
+        self.head, self.checkpoints = nn.Linear(768, 4), False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.checkpoints = enable
+
+    def forward(self, x):
+        return self.head(checkpoint(self.blocks, x, use_reentrant=False) if self.checkpoints else self.blocks(x))
+
+
+def test_where_memory_is_short_activations_are_computed_twice_or_a_warning_says_so(monkeypatch):
+    x, y = pair()
+    x, said = torch.nn.functional.interpolate(x, 16), list[str]()
+    plain, kept = TUNE.purify(Blocks(), (x, y), session=quiet()), 3 * 8 * 768 * 4  # of a layer and 8 images
+    weights = 6 * sum(weight.nbytes for weight in plain.parameters())
+    assert checks.update_bytes(Blocks(), x, 8) >= weights + 17 * kept  # the inputs of 17 layers
+    monkeypatch.setattr(checks, "free_memory", lambda device: weights + 5 * kept)
+    result = TUNE.purify(Blocks(), (x, y), session=RunContext(say=said.append))
+    assert "activation checkpointing" in " ".join(said) and "memory:" not in " ".join(said)
+    assert same_weights(result, plain) and not result.checkpoints
+    monkeypatch.setattr(checks, "free_memory", lambda device: 1.0)
+    TUNE.purify(tiny_net(), (x, y), session=RunContext(say=said.append))
+    assert any(line.startswith("warning: memory: an update on 8 images takes about 0.0 GB") for line in said)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau import loop
 from sau.config import param
@@ -38,11 +37,6 @@ Select = Literal["defender", "oracle"]
 def is_published(model: nn.Module) -> bool:
     """Whether it is PreAct-ResNet18, for which published settings were made."""
     return any(isinstance(module, PreActResNet18) for module in model.modules())
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether it has batch norm."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def weight_rate(model: nn.Module) -> float:
@@ -157,11 +151,15 @@ class Defense(Method, ABC):
             batches.size = method.batch_size
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches))
+            count = len(x) if per_epoch else min(method.batch_size, images)
+            twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
             with seeded(seed):
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
             if attacked is not None:
                 session.findings["verdict"] = checks.compare(attacked, owned, x, y, session.say)
+            if twice:
+                owned.net.set_grad_checkpointing(False)  # type: ignore[operator]
             return checks.restore(owned if owned is mine else owned.net, model, frozen)
 
 

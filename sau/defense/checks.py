@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.batches import check_counts, seeded, unaugmented
+from sau.device import free_memory
 from sau.errors import ConfigError, TrainingError
 from sau.loop import RunContext
 from sau.models import normalized
@@ -27,8 +29,14 @@ from sau.pgd import SMALL, patch_of_each_class, smallest_patches
 from sau.types import Batched, Labels, Pixels
 
 HARM = 0.1  # of the clean images
+LARGE = 1e9  # bytes of an update that are worth a line
 SHUFFLED = 20  # images that chance does not sort by class
 MANY, HALF = 60, 0.5  # images of the verdict's second search, and the share that its patch must lead
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether it has batch norm."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -77,6 +85,41 @@ def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
         advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
         raise ConfigError(f"the logits have no gradient to the {missing[0]}, as {method.name} needs; {advice}")
     return follows["images"]
+
+
+def check_memory(model: nn.Module, x: Pixels, count: int, say: Callable[[str], None]) -> bool:
+    """Before updates on `count` images like `x`: say what they take where that is much. Where it is more than is free,
+    warn, or have a network of timm or open_clip compute its activations twice; returns whether it does."""
+    needed, free = update_bytes(model, x, count), free_memory(x.device)
+    net: Any = getattr(model, "net", model)
+    # Batch norm would count images twice in its statistics.
+    if twice := needed > free and hasattr(net, "set_grad_checkpointing") and not has_batch_norm(net):
+        net.set_grad_checkpointing()
+        say("activations are computed twice (activation checkpointing), for memory would not hold them")
+        needed = update_bytes(model, x, count)
+    forecast = f"memory: an update on {count} images takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    if needed > free:
+        say(f"warning: {forecast}; give a smaller batch_size or input_size")
+    elif needed > LARGE:
+        say(forecast)
+    return twice
+
+
+def update_bytes(model: nn.Module, x: Pixels, count: int) -> float:
+    """About what an update on `count` images takes: three times the tensors that a forward pass keeps, for two losses
+    and their gradients, and six times the weights. The peaks of tests/test_given.py are within a factor of two."""
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = dict[int, int]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(x := x[:8].detach().requires_grad_())  # while they live, no other has their place
+    del logits
+    activations = sum(size for place, size in kept.items() if place not in fixed)
+    return 3 * activations * count / len(x) + 6 * sum(weight.nbytes for weight in model.parameters())
 
 
 def check_weights(model: nn.Module) -> None:

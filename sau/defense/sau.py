@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import AdversarialTraining, Defense, TrainingDefense, has_batch_norm, is_published
+from sau.defense.base import AdversarialTraining, Defense, TrainingDefense, is_published
+from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import seeded, stack_batches
-from sau.defense.base import ENOUGH, Defense, TrainingDefense, has_batch_norm, is_published, weight_rate
+from sau.defense.base import ENOUGH, Defense, TrainingDefense, is_published, weight_rate
+from sau.defense.checks import has_batch_norm
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.pruning import PruningLevel, affine_norms
 from sau.defense.sau import SAU, unsharing_loss
