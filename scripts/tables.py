@@ -278,19 +278,20 @@ def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
 
 
 def own(args: argparse.Namespace) -> None:
-    """Print the table of networks of other kinds, and a line for each data set and defense."""
+    """Print a table of networks of other kinds for each data set, and a line for each of its defenses."""
     rows = [json.loads(line) for line in files.read(args.rows).decode().splitlines()]
-    by_case, by_cell = _grouped(rows, *CASE), _grouped(rows, *CASE, "defense")
-    defenses = list(dict.fromkeys(row["defense"] for row in rows))
-    body = []
-    for case, these in by_case.items():
-        after = (_after(by_cell.get((*case, one), [])) for one in defenses)
-        body.append([*case, _means(these, "acc_before", "asr_before"), *after])
-    print(markdown(["data", "network", "attack", "images", "before", *defenses], body))
-    for (data, defense), these in _grouped(rows, "data", "defense").items():
-        lost = [row["acc_before"] - row["acc_after"] for row in these]
-        more = f"ACC lost {statistics.mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)}"
-        print(f"{data} {defense}: {_after(these)}; {more}")
+    for (data,), these in _grouped(rows, "data").items():
+        by_defense, by_cell = _grouped(these, "defense"), _grouped(these, *CASE, "defense")
+        body = []
+        for case, some in _grouped(these, *CASE).items():
+            after = (_after(by_cell.get((*case, *one), [])) for one in by_defense)
+            body.append([*case, _means(some, "acc_before", "asr_before"), *after])
+        print(markdown(["data", "network", "attack", "images", "before", *(one for (one,) in by_defense)], body))
+        for (defense,), all_of_it in by_defense.items():
+            lost = [row["acc_before"] - row["acc_after"] for row in all_of_it]
+            more = f"ACC lost {statistics.mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)}"
+            print(f"{data} {defense}: {_after(all_of_it)}; {more}")
+        print()
 
 
 def _grouped(rows: Rows, *names: str) -> dict[tuple[str, ...], Rows]:
@@ -305,11 +306,13 @@ def _means(rows: Rows, *names: str) -> str:
 
 
 def _after(rows: Rows) -> str:
-    """ACC/ASR/R-ACC and how many runs; of those whose ASR stayed above 10 % how many warned, and how many did not."""
+    """ACC/ASR/R-ACC, the ASR after re-learning if it was measured, and how many runs; of those whose ASR stayed above
+    10 % how many warned, and how many did not."""
     above = [row["warned"] for row in rows if row["asr_after"] > 10 and "warned" in row]  # not of an earlier verdict
     marks = {"warned": sum(above), "silent": len(above) - sum(above)}
     counts = ", ".join([str(len(rows)), *(f"{count} {mark}" for mark, count in marks.items() if count)])
-    return f"{_means(rows, 'acc_after', 'asr_after', 'racc_after')} ({counts})" if rows else ""
+    relearned = ["asr_relearned"] if rows and "asr_relearned" in rows[0] else []
+    return f"{_means(rows, 'acc_after', 'asr_after', 'racc_after', *relearned)} ({counts})" if rows else ""
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
