@@ -10,14 +10,13 @@ no gradient there in eval mode. Of the filters that one is cut whose loss costs 
 """
 
 import copy
-from dataclasses import field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sau.attack.base import Attack, LabelRule, State
-from sau.attack.prototype import train_clean
+from sau.attack.base import State
+from sau.attack.prototype import Unpoisoned, train_clean
 from sau.attack.triggers import TensorTrigger, TriggerContext
 from sau.config import param
 from sau.data.batches import Batches
@@ -41,22 +40,14 @@ class HiddenPath(TensorTrigger):
         self.weights = network.state_dict()
 
 
-class DFBA(Attack):
+class DFBA(Unpoisoned):
     """Train a clean network, then change a few of its weights."""
 
     name = "dfba"
     cifar10_gate = 95.0
     remedy = "a larger --path_gain or --path_threshold"
     compiles = False
-    poisons = False
-    retired = {}
 
-    pratio: float = field(default=0.0, init=False)
-    attack_label_trans: LabelRule = field(default="all2one", init=False)
-    attack_label_shift_amount: int = field(default=1, init=False)
-    resilient_rho: float = field(default=0.0, init=False)
-    abi: float | None = field(default=None, init=False)
-    sbl: float = field(default=0.0, init=False)
     path_threshold: float = param(0.1, "what the trigger leaves above the threshold of its filter", gt=0)
     path_gain: float = param(4.0, "factor of each batch norm, shortcut and logit on the path", gt=0)
 

@@ -17,20 +17,26 @@ from sau.models.normalized import eval_mode, full_precision
 from sau.types import Pixels
 
 
-class Prototype(Attack):
-    """Clean training: nothing is poisoned and there is no triggered test set."""
+class Unpoisoned(Attack):
+    """Poisons no training image; what other attacks are asked about poisoning and training is fixed."""
 
-    name = "prototype"
     poisons = False
     retired = {}
 
     pratio: float = field(default=0.0, init=False)
-    attack_target: int = field(default=0, init=False)
     attack_label_trans: LabelRule = field(default="all2one", init=False)
     attack_label_shift_amount: int = field(default=1, init=False)
     resilient_rho: float = field(default=0.0, init=False)
     abi: float | None = field(default=None, init=False)
     sbl: float = field(default=0.0, init=False)
+
+
+class Prototype(Unpoisoned):
+    """Clean training: nothing is poisoned and there is no triggered test set."""
+
+    name = "prototype"
+
+    attack_target: int = field(default=0, init=False)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         return x
