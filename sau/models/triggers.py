@@ -71,18 +71,14 @@ class TriggerGenerators(nn.Module):
         self.zero_grad()  # `--accumulate` would add to those of the training before
         return self
 
-    def pattern(self, x: Pixels) -> Pixels:
-        """p = g(P(x)) in (0, 1), [B, C, H, W]."""
-        return self._squash(self.pattern_net(x))
-
     def mask(self, x: Pixels) -> Tensor:
         """m = h(g(M(x))) in (0, 1), [B, 1, H, W]."""
         return torch.tanh(20 * self._squash(self.mask_net(x)) - 10) / (2 + self.epsilon) + 0.5
 
     def forward(self, x: Pixels, source: Pixels | None = None) -> tuple[Pixels, Pixels]:
-        """`x` with the trigger of `source` (by default its own), and the pattern of that trigger."""
+        """`x` with the trigger of `source` (by default its own), and that one's pattern, p = g(P(source)) in (0, 1)."""
         source = x if source is None else source
-        pattern = self.pattern(source)
+        pattern = self._squash(self.pattern_net(source))
         return x + (pattern - x) * self.mask(source), pattern
 
     def _squash(self, u: Tensor) -> Tensor:
