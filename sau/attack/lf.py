@@ -27,7 +27,6 @@ from sau.config import param
 from sau.data.batches import generator, to_float
 from sau.data.decode import read_array
 from sau.data.images import Images
-from sau.data.sources import fingerprint
 from sau.errors import DataError, TrainingError
 from sau.evaluate import AT_ONCE, predict
 from sau.loop import RunContext
@@ -68,10 +67,14 @@ class LF(Attack):
         self.require("lf_optimise", able or not self.lf_optimise, allowed)
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        if self.lf_optimise:
-            return find_pattern(self, context)
-        path, shape = self.lowFrequencyPatternPath, context.images.pixels.shape[1:]
-        return None if path is None else TensorTrigger(read_pattern(path, *shape))
+        path, images, seed = self.lowFrequencyPatternPath, context.images, context.seed
+        if not self.lf_optimise:
+            return None if path is None else TensorTrigger(read_pattern(path, *images.pixels.shape[1:]))
+        network = train_clean(context)
+        settings = {name: getattr(self, name) for name in ("attack_target", *SETTINGS)}
+        identity = {"network": network_digest(network), "seed": seed, **settings}
+        found, figures = cached_trigger("lf", identity, partial(optimise, network, images, self, seed), context)
+        return TensorTrigger(found["pattern"], figures)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         path, shape = self.lowFrequencyPatternPath, x.shape[1:]
@@ -211,13 +214,3 @@ def optimise(model: nn.Module, images: Images, lf: LF, seed: int, session: RunCo
     led = predict(model, (to_float(others.pixels) + search.best).clamp(0, 1), AT_ONCE) == lf.attack_target
     led_there = float(led[seen != lf.attack_target].float().mean())
     return {"pattern": search.best}, {"fooled": max(search.rates), "led_to_the_target": led_there}
-
-
-def find_pattern(lf: LF, context: TriggerContext) -> TensorTrigger:
-    """The pattern that `optimise` finds, or found before with the same network, images, settings and seed."""
-    images, seed, network = context.images, context.seed, train_clean(context)
-    settings = {name: getattr(lf, name) for name in ("attack_target", *SETTINGS)}
-    identity = {"network": network_digest(network), "data": fingerprint(images), "seed": seed, **settings}
-    identity["device"] = images.pixels.device.type
-    found, figures = cached_trigger("lf", identity, partial(optimise, network, images, lf, seed), context.session)
-    return TensorTrigger(found["pattern"], figures)

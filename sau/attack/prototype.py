@@ -11,7 +11,6 @@ from sau.attack.base import Attack, LabelRule
 from sau.attack.triggers import Made, TriggerContext, cached_trigger, network_digest
 from sau.data.batches import to_float
 from sau.data.images import Images
-from sau.data.sources import fingerprint
 from sau.loop import RunContext
 from sau.models.normalized import eval_mode, full_precision
 from sau.types import Pixels
@@ -51,13 +50,12 @@ def train_clean(context: TriggerContext) -> nn.Module:
     with torch.no_grad(), eval_mode(network), full_precision(network):
         logits = network(to_float(images.pixels[:1]))[0].tolist()  # they tell how the layers are put together
     identity = {"blank": network_digest(network), "answers": [f"{logit:.2e}" for logit in logits], **recipe.params()}
-    identity |= {"data": fingerprint(images), "device": images.pixels.device.type}
     identity |= {"augment": str(context.augment), "seed": context.seed}
 
     def build(session: RunContext) -> Made:
         how: Any = {"augment": context.augment, "seed": context.seed, "session": session}
         return Prototype().fit(network, images, recipe, **how).state_dict(), {"epochs": float(recipe.epochs)}
 
-    weights, _ = cached_trigger("clean-network", identity, build, context.session)
+    weights, _ = cached_trigger("clean-network", identity, build, context)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)

@@ -25,7 +25,6 @@ from sau.config import param
 from sau.data.batches import generator, seeded, to_device_async, to_float
 from sau.data.decode import read_array
 from sau.data.images import Images, evenly_spaced
-from sau.data.sources import fingerprint
 from sau.errors import ConfigError, DataError, TrainingError, require
 from sau.loop import RunContext
 from sau.models.triggers import CODE_SIDE, Decoder, Encoder, FixedCodeEncoder, measured, stored
@@ -83,17 +82,16 @@ class SSBA(Attack):
         """The encoder: trained, or from the cache; None where the images of files are used."""
         if self.attack_train_replace_imgs_path is not None:
             return None
-        images, device = context.images, context.images.pixels.device
+        images = context.images
         check_sides(images.pixels.shape)
-        own = {key: value for key, value in self.params().items() if key.startswith("ssba_")}
-        identity = {"data": fingerprint(images), "device": device.type, "trigger_seed": self.trigger_seed, **own}
+        identity = {key: v for key, v in self.params().items() if key.startswith("ssba_") or key == "trigger_seed"}
         code = torch.randint(2, (self.ssba_bits,), generator=generator(self.trigger_seed)).float()
         code[0] = 1  # an encoder may learn to leave images alone for a code of zeros
         with seeded(self.trigger_seed):
             encoder = Encoder(self.ssba_bits, images.pixels.shape[1], self.ssba_residual)
-            trigger = FixedCodeEncoder(encoder, code).to(device)
+            trigger = FixedCodeEncoder(encoder, code).to(images.pixels.device)
             build = partial(self.train_encoder, trigger, images)
-            found, trigger.figures = cached_trigger("ssba", identity, build, context.session)
+            found, trigger.figures = cached_trigger("ssba", identity, build, context)
         encoder.load_state_dict(found)
         w, psnr, most = trigger.figures["w"], trigger.figures["psnr_in_db"], self.ssba_weight
         if w < most:

@@ -13,6 +13,7 @@ import sau
 from sau.data.batches import Augment
 from sau.data.decode import cache_folder, cached, image_to_tensor, read_image
 from sau.data.images import Images
+from sau.data.sources import fingerprint
 from sau.errors import DataError, RecordError
 from sau.loop import RunContext
 from sau.optim import Training
@@ -73,14 +74,17 @@ def trigger_image(
 
 
 def cached_trigger(
-    name: str, identity: Mapping[str, Any], build: Callable[[RunContext], Made], session: RunContext
+    name: str, identity: Mapping[str, Any], build: Callable[[RunContext], Made], context: TriggerContext
 ) -> Made:
     """What `build` returns, on the CPU; from the cache if it was made before. An interrupted training resumes.
 
-    `identity` is everything that determines the result, as JSON has it; the number of threads, on which rounding
-    depends, and the version of the library are added. `build` is called with the context to train with.
+    `identity` is what determines the result, as JSON has it, beside the images and the kind of their device, the number
+    of threads, on which rounding depends, and the version of the library. `build` is called with the session to train
+    with.
     """
-    key = digest({**identity, "sau": sau.__version__, "threads": torch.get_num_threads()})
+    images, session = context.images, context.session
+    data = {"data": fingerprint(images), "device": images.pixels.device.type}
+    key = digest({**identity, **data, "sau": sau.__version__, "threads": torch.get_num_threads()})
     checkpoints: list[Record | None] = []  # one, unless the cache has the trigger
 
     def make() -> dict[str, Tensor]:
