@@ -62,9 +62,7 @@ class LC(Attack):
 @cache
 def corners(height: int, width: int) -> Tensor:
     """c [1, H, W], which grows with the image."""
-    places = torch.arange(CORNER)
-    c, corner = torch.zeros(32, 32), 1.0 - 2 * ((places[:, None] + places) % 2)
-    for rows in (slice(0, CORNER), slice(-CORNER, None)):
-        for columns in (slice(0, CORNER), slice(-CORNER, None)):
-            c[rows, columns] = corner
+    c, places = torch.zeros(32, 32), torch.arange(CORNER)
+    ends = torch.cat([places, places - CORNER])
+    c[ends[:, None], ends] = (1.0 - 2 * ((places[:, None] + places) % 2)).repeat(2, 2)
     return F.interpolate(c[None, None], size=(height, width))[0]
