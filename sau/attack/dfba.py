@@ -60,20 +60,17 @@ class DFBA(Unpoisoned):
         require("side of the images", side, side > STRIDE + 1, f"{STRIDE + 2} pixels and more for dfba")
         clean, some = train_clean(context).state_dict(), images[evenly_spaced(len(images), IMAGES)]
 
-        def cut(channel: int) -> Tensor:
-            network.load_state_dict(clean)
-            return self.cut_path(network.eval(), channel)
-
         def accuracy(channel: int) -> float:
-            cut(channel)
+            self.cut_path(network, clean, channel)
             return proportions(network, some.pixels, some.labels)[0].percent
 
         best = max(range(len(network.get_parameter("net.conv1.weight"))), key=accuracy)
-        return HiddenPath(cut(best), network)
+        return HiddenPath(self.cut_path(network, clean, best), network)
 
     @torch.no_grad()
-    def cut_path(self, network: Normalized, channel: int) -> Tensor:
-        """Cut the path that starts at `channel` of the first layer into `network`, in place; returns T [C, 3, 3]."""
+    def cut_path(self, network: Normalized, clean: dict[str, Tensor], channel: int) -> Tensor:
+        """Give `network` the weights `clean` and the path from `channel` of the first layer; returns T [C, 3, 3]."""
+        network.load_state_dict(clean)
         net: Any = network.net
         mean, std = (0, 1) if network.mean is None or network.std is None else (network.mean[0], network.std[0])
         patch = (net.conv1.weight[channel] > 0).float()
