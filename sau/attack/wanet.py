@@ -50,9 +50,8 @@ class WaNet(AugmentedInBatchAttack):
 
     def grid(self, x: Pixels) -> Tensor:
         """Where each pixel of `x` comes from, [B, H, W, 2] in [-1, 1], column before row."""
-        ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:]]
-        rows, columns = torch.meshgrid(*ends, indexing="ij")
-        identity = torch.stack([columns, rows], -1)[None]
+        ends = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) for n in (x.shape[3], x.shape[2])]
+        identity = torch.stack(torch.meshgrid(*ends, indexing="xy"), -1)[None]
         points = self.require_trigger().values.to(x)
         field = F.interpolate(points, size=x.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
         grid = ((identity + in_grid(self.s * field)) * self.grid_rescale).clamp(-1, 1)
