@@ -102,9 +102,8 @@ def hold_back(images: Images, share: float, seed: int) -> tuple[Images, Images |
     gone = sorted({*images.true_labels.tolist()} - {*images.true_labels[clean].tolist()})
     require("sbl", share, not gone, f"0, or a smaller pratio: every image of {gone} is poisoned")
     held = clean[torch.randperm(len(clean), generator=generator(seed)).to(clean.device)[:count]]
-    rest = torch.ones_like(images.labels, dtype=torch.bool)
-    rest[held] = False
-    return images[rest.nonzero().flatten()], images[held]
+    rest = torch.ones_like(images.labels, dtype=torch.bool).index_fill(0, held, False)
+    return images[rest], images[held]
 
 
 def clean_state(model: nn.Module, images: Loader, recipe: Training, steps: int, session: RunContext) -> dict[str, Any]:
