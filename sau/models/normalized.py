@@ -32,11 +32,10 @@ class Normalized(nn.Module):
         self, net: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, amp: bool = False
     ) -> None:
         super().__init__()
-        mean, std = statistics(mean, std)
         self.net, self.amp, self.compiled = net, amp, False
         self.graph_safe: bool = True
         self._compiled_net = 0  # `id` of the network that was compiled; a copy, which has another, compiles anew
-        for name, values in (("mean", mean), ("std", std)):
+        for name, values in zip(("mean", "std"), statistics(mean, std), strict=True):
             stats = None if values is None else torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(name, stats, persistent=False)
 
