@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sau.errors import OutOfMemory, first_line, lacks_memory
 from sau.loop import RunContext
-from sau.optim import Descent
+from sau.optim import Descent, Method
 
 Report = dict[str, Tensor]
 Step = Callable[[dict[str, Any], Tensor, Tensor], Report]  # (state, x, y) -> what to report
@@ -34,12 +34,11 @@ class MicroBatchedStep:
     """
 
     def __init__(
-        self, step: Step, state: dict[str, Any], session: RunContext, *, supports_microbatch: bool,
-        graph_safe: bool = False, compose: Compose | None = None,
-    ) -> None:  # fmt: skip
-        self.step, self.state, self.session = step, state, session
-        self.supports_microbatch, self.compose, self.parts = supports_microbatch, compose, 1
-        self.graphed = GraphedStep(step, state, session, enabled=graph_safe)
+        self, method: Method, step: Step, state: dict[str, Any], session: RunContext, compose: Compose | None = None
+    ) -> None:
+        self.method, self.step, self.state, self.session = method, step, state, session
+        self.compose, self.parts = compose, 1
+        self.graphed = GraphedStep(step, state, session, enabled=method.graph_safe)
 
     def __call__(self, x: Tensor, y: Tensor) -> Report:
         """One update from the whole batch; OutOfMemory if memory holds no part of it."""
@@ -53,7 +52,7 @@ class MicroBatchedStep:
             # Outside the except block, so that the tensors of the failed attempt are freed.
             if self.graphed.graphs:
                 self.graphed.disable("its memory is needed")
-            elif not self.supports_microbatch or self.parts >= len(y):
+            elif not self.method.supports_microbatch() or self.parts >= len(y):
                 raise OutOfMemory(f"out of memory with {-(-len(y) // self.parts)} images; try a smaller --batch_size")
             else:
                 self.parts *= 2

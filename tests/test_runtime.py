@@ -44,10 +44,7 @@ def prepared(method: Method, where: torch.device, amp: bool = False, safe: bool 
 
 def microbatched(method: Method, state: dict[str, Any], lines: list[str], step: Any = None) -> MicroBatchedStep:
     compose = method.compose if isinstance(method, Attack) else None
-    return MicroBatchedStep(
-        step or method.step, state, RunContext(say=lines.append), supports_microbatch=method.supports_microbatch(),
-        graph_safe=method.graph_safe, compose=compose,
-    )  # fmt: skip
+    return MicroBatchedStep(method, step or method.step, state, RunContext(say=lines.append), compose)
 
 
 def updates(

@@ -294,6 +294,5 @@ class Attack(Method, ABC):
                 smooth(state["model"], to_float(state["images"].pixels[:1]), self.abi)
             return self.end_epoch(state, losses)
 
-        flags = {"supports_microbatch": self.supports_microbatch(), "graph_safe": self.graph_safe}
-        whole = MicroBatchedStep(step, state, how["session"], compose=compose, **flags)
+        whole = MicroBatchedStep(self, step, state, how["session"], compose)
         loop.run(whole, batches, epochs, state=state, end_epoch=end_epoch, **how)

@@ -201,8 +201,7 @@ class TrainingDefense(Training, Defense):
 
     def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
         """`step` on every batch of every epoch."""
-        micro_batches, graphs = self.supports_microbatch(), self.graph_safe
-        step = MicroBatchedStep(self.step, state, session, supports_microbatch=micro_batches, graph_safe=graphs)
+        step = MicroBatchedStep(self, self.step, state, session)
         kept = {name: thing for name, thing in state.items() if not name.startswith("_")}
         end_epoch = partial(self.end_epoch, state)
         loop.run(step, batches, self.epochs, state=kept, end_epoch=end_epoch, session=session, label="round")

@@ -49,7 +49,7 @@ def train(s: Setting) -> Rows:
 def _training(s: Setting, model: Normalized, images: Images, amp: bool) -> Work:
     """An epoch as `Attack.fit` makes it."""
     state = ATTACK.prepare(copied(model, amp=amp).train(), RECIPE, s.steps)
-    step = MicroBatchedStep(ATTACK.step, state, QUIET, supports_microbatch=True, graph_safe=True)
+    step = MicroBatchedStep(ATTACK, ATTACK.step, state, QUIET)
     batches = images.batches(s.batch_size, seed=0, augment=s.source.augment, drop_last=True)
 
     def work() -> None:
@@ -114,13 +114,7 @@ def _sau_updates(
     method = SAU(lr=lr)
     state = method.prepare(copied(h, amp=amp) if copy_model else h, batches)
     state["reference"] = copied(h_b, amp=amp).eval().requires_grad_(False)
-    step = MicroBatchedStep(
-        method.step,
-        state,
-        QUIET,
-        supports_microbatch=method.supports_microbatch(),
-        graph_safe=method.graph_safe,
-    )
+    step = MicroBatchedStep(method, method.step, state, QUIET)
     if batches and batches[0][0].is_cuda and copy_model:
         step(*batches[0])  # captures the graph
     return lambda: [step(x, y) for x, y in batches]
