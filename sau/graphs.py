@@ -90,19 +90,19 @@ class GraphedStep:
         self.step = lambda x, y: {name: value.detach() for name, value in step(state, x, y).items()}
         self.descents = [thing for thing in state.values() if isinstance(thing, Descent)]
         networks = [getattr(thing, "__self__", thing) for thing in state.values()]  # or the method of one
-        steady = bool(self.descents) and all(one.fused and not one.keeps for one in self.descents)
+        # A fused optimiser can read its rates from the device's memory.
+        fused = [group.get("fused") for one in self.descents for group in one.optimizer.param_groups]
+        steady = bool(fused) and all(fused) and not any(one.keeps for one in self.descents)
         self.enabled = enabled and steady and all(getattr(network, "graph_safe", True) for network in networks)
         # By the shape of a batch: memory for its images, its labels and its report, and what replays the graph.
         self.graphs: dict[tuple[Any, ...], tuple[Tensor, Tensor, Report, Callable[[], None]]] = {}
 
     def __call__(self, x: Tensor, y: Tensor) -> Report:
         """One update; what is reported holds until the next one."""
-        known = (x.shape, y.shape) in self.graphs
-        full = len(self.graphs) == MAX_GRAPHS and not known
-        if full or not (self.enabled and has_graphs(x.device)):
-            return self.step(x, y)
-        if known:
+        if (x.shape, y.shape) in self.graphs:
             return self._replay(x, y)
+        if len(self.graphs) == MAX_GRAPHS or not (self.enabled and has_graphs(x.device)):
+            return self.step(x, y)
         moves, rng = [one.moves for one in self.descents], _cpu_rng_state()
         report = self.step(x, y)
         if _cpu_rng_state() != rng:

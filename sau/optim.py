@@ -165,11 +165,6 @@ class Descent:
         if self.every_update:
             self.scheduler.step()
 
-    @property
-    def fused(self) -> bool:
-        """Whether the optimiser can read its rates from the device's memory."""
-        return all(group.get("fused") for group in self.optimizer.param_groups)
-
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """Inside, an update is captured, not made: rates are read from memory that `refresh` fills before each time it
