@@ -117,8 +117,9 @@ class Descent:
     code that forgets to clear them.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any, every_update: bool) -> None:
-        self.optimizer, self.scheduler, self.every_update = optimizer, scheduler, every_update
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.every_update = isinstance(scheduler, schedules.OneCycleLR)
         self.share, self.first, self.last = 1.0, True, True
         self.keeps = False
         self.moves = 0  # updates that Python has made
@@ -237,21 +238,15 @@ class Training(Method):
 
     def descent(self, parameters: Iterable[nn.Parameter], steps: int) -> Descent:
         """An optimiser over `parameters` with its schedule; `steps` updates make an epoch."""
-        optimizer = self._optimizer(list(parameters))
-        return Descent(optimizer, self._scheduler(optimizer, steps), self.lr_scheduler == "OneCycleLR")
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.wd}
-        betas = (self.adam_betas[0], self.adam_betas[1])
-        match self.client_optimizer:
-            case "sgd":
-                return torch.optim.SGD(parameters, momentum=self.sgd_momentum, fused=True, **common)
-            case "adadelta":
-                return torch.optim.Adadelta(parameters, **common)
-            case "adamw":
-                return torch.optim.AdamW(parameters, betas=betas, fused=True, **common)
-            case "adam":
-                return torch.optim.Adam(parameters, betas=betas, amsgrad=True, fused=True, **common)
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+            "sgd": (torch.optim.SGD, {"momentum": self.sgd_momentum, "fused": True}),
+            "adam": (torch.optim.Adam, {"betas": self.adam_betas, "amsgrad": True, "fused": True}),
+            "adamw": (torch.optim.AdamW, {"betas": self.adam_betas, "fused": True}),
+            "adadelta": (torch.optim.Adadelta, {}),
+        }
+        kind, own = kinds[self.client_optimizer]
+        optimizer = kind(list(parameters), lr=self.lr, weight_decay=self.wd, **own)
+        return Descent(optimizer, self._scheduler(optimizer, steps))
 
     def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         settings: dict[str | None, dict[str, Any]] = {
