@@ -1,6 +1,6 @@
 """Shapes as types. `pytest --jaxtyping-packages=sau,beartype.beartype` checks them at every call."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sized
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int, UInt8
@@ -19,9 +19,5 @@ Loader = Iterable[Any]  # yields (pixels, labels, ...); can be iterated again an
 
 
 @runtime_checkable
-class Batched(Protocol):
+class Batched(Iterable[Any], Sized, Protocol):
     """Batches of (pixels, labels, ...), as many as its length says; can be iterated again and again."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Any]: ...
