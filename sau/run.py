@@ -186,7 +186,7 @@ class RunLogger:
     evaluation_seconds: float  # what one evaluation is expected to take
     risks: Callable[[nn.Module], Found] | None = None  # measures the risks of a network at each evaluation
     closing_seconds: float = 0.0  # what is expected to follow the last evaluation
-    last: tuple[str, Score, Found | None] | None = field(default=None, init=False)  # of the last evaluated network
+    last: dict[str, tuple[Score, Found | None]] = field(default_factory=dict, init=False)  # by the network's digest
     session: RunContext = field(init=False)  # what the loop needs of this
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ class RunLogger:
             found, risks = self._measure(model, self.triggered())
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
             figures |= risks.row() if risks else {}
-            self.last = (network_digest(model), found, risks) if last else None
+            self.last = {network_digest(model): (found, risks)} if last else {}
         self.record.log_metrics(epoch=epoch, **losses, **figures, seconds=self.record.seconds)
         if model is not None and self.run.frequency_save and epoch % self.run.frequency_save == 0:
             net, stage = getattr(model, "net", model), f"stage_{losses['stage']:.0f}_" if "stage" in losses else ""
@@ -221,8 +221,7 @@ class RunLogger:
     def final(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
         """The score and the risks of the result, measured now unless the last evaluation was of the same weights; a
         method that told the loop of no network gets the row of its risks here."""
-        known = self.last is not None and self.last[0] == network_digest(model)
-        found, risks = self.last[1:] if self.last is not None and known else self._measure(model, triggered)
+        found, risks = self.last.get(network_digest(model)) or self._measure(model, triggered)
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
         if risks and "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}
