@@ -99,8 +99,7 @@ class RunContext:
 
     def quiet(self) -> "RunContext":
         """The same without progress: no bar, and of the lines only warnings."""
-        say = self.say
-        return replace(self, say=lambda line: say(line) if line.startswith("warning: ") else None, no_bar=True)
+        return replace(self, say=lambda line: self.say(line) if line.startswith("warning: ") else None, no_bar=True)
 
     def for_stage(self, stage: int) -> "RunContext":
         """The context of a later run of the same method (1, 2, ...). When resuming in a later stage, `run` skips this
@@ -245,10 +244,9 @@ class _Progress:
         self._refuse_broken()
         if self.session.checkpoint is None:
             return
-        modules = [thing for thing in self.state.values() if isinstance(thing, nn.Module)]
-        size = sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
-        if below is None or size < below:
-            objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+        objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+        networks = [objects[name] for name, thing in self.state.items() if isinstance(thing, nn.Module)]
+        if below is None or sum(tensor.nbytes for each in networks for tensor in each.values()) < below:
             place = {"stage": self.session.stage, "place": vars(self.place), "objects": objects}
             self.session.checkpoint.save({**place, "begin": self.epoch_rng, "now": self.rng})
             self.saved = time.monotonic()
