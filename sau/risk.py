@@ -172,14 +172,14 @@ class AdversarialSearch:
         for _ in range(self.search.restarts - 1):
             self._climb(self._alone, ball.start(x, "random"), self.adv)
         for _ in range(self.search.restarts):
-            self._climb(self._together, ball.start(x, "random"), self.share, networks=2)
+            self._climb(self._together, ball.start(x, "random"), self.share)
         blind, of_trigger = self.share.clone(), dict[str, Flags | None](target=None, planted=None, inside=None)
         if triggered is not None:
             g = to_float(triggered.pixels)
             inside, (a, r) = ball.contains(g - x), self._answers(g)
             self.note((g - x)[inside], a[inside], r[inside], inside.nonzero()[:, 0])
             begin = ball.into(x, g - x)
-            self._climb(self._together, begin, self.share, networks=2)
+            self._climb(self._together, begin, self.share)
             self._climb(self._alone, begin, self.adv)
             of_trigger = {"target": a == triggered.labels, "planted": r == triggered.labels, "inside": inside}
         return Found(
@@ -231,24 +231,23 @@ class AdversarialSearch:
         return best
 
     def _alone(self, at: Labels, delta: Change) -> PerImage:
+        self.passes += (1 + delta.requires_grad) * len(at)
         z = logits_of(self.model, self.x[at] + delta)
         self.adv[at] |= z.argmax(1) != self.y[at]
         return F.cross_entropy(z, self.y[at], reduction="none")
 
     def _together(self, at: Labels, delta: Change) -> PerImage:
+        self.passes += 2 * (1 + delta.requires_grad) * len(at)
         u, v = (logits_of(network, self.x[at] + delta) for network in (self.model, self.reference))
         self.note(delta.detach(), u.argmax(1), v.argmax(1), at)
         return shared_margin(u, v, self.y[at])
 
-    def _climb(
-        self, goal: Callable[[Labels, Change], PerImage], delta: Change, settled: Flags, networks: int = 1
-    ) -> None:
+    def _climb(self, goal: Callable[[Labels, Change], PerImage], delta: Change, settled: Flags) -> None:
         """`steps` steps up `goal`, which may settle images, for those that are not, and a look at where the last one
         leads."""
         delta = delta.clone()
         for step in range(self.search.steps + 1):
             last, active = step == self.search.steps, unsettled(settled)
-            self.passes += networks * (1 if last else 2) * len(active)
             for at in active.split(BATCH) if len(active) else ():
                 if last:
                     with torch.no_grad():
