@@ -107,9 +107,6 @@ def _figures(folder: Path, parts: dict[str, Path], measured: Callable[[Path, boo
 
 def compare(name: str, recorded: Proportion | None, measured: Proportion | None) -> None:
     """RecordError if the counts differ by more than `TOLERANCE`, and by more than one image."""
-    same = recorded is measured  # both None
-    if recorded is not None and measured is not None:
-        allowed = max(1, TOLERANCE * recorded.total)
-        same = recorded.total == measured.total and abs(recorded.hits - measured.hits) <= allowed
-    if not same:
+    (hits, total), (found, count) = ((one.hits, one.total) if one else (0, 0) for one in (recorded, measured))
+    if total != count or abs(hits - found) > max(1, TOLERANCE * total):
         raise RecordError(f"{name} is {recorded} in the summary, measured is {measured}")
