@@ -13,9 +13,7 @@ from sau.files import existing, in_use, parse_json, read, write
 from sau.grid.engines import Cell
 from sau.record.folder import Record
 
-_FOLDER = re.compile(
-    r"(?P<method>.+?)(?:_[rc](?P<amount>\d+(?:\.\d*)?(?:e-\d+)?))?(?:_oracle)?(?:_[0-9a-f]{10})?(?:_s(?P<seed>\d{1,10}))?"
-)
+_FOLDER = re.compile(r"(.+?)(?:_[rc](\d+(?:\.\d*)?(?:e-\d+)?))?(?:_oracle)?(?:_[0-9a-f]{10})?(?:_s(\d{1,10}))?")
 
 
 class Name(NamedTuple):
@@ -29,10 +27,8 @@ class Name(NamedTuple):
 def parse_name(folder: str) -> Name:
     """What the name of a result folder says; seeds stand in those of attacks alone."""
     found = _FOLDER.fullmatch(folder)
-    if found is None:
-        return Name(folder, None, None)
-    amount, seed = found["amount"], found["seed"]
-    return Name(found["method"], float(amount) if amount else None, int(seed) if seed else None)
+    method, amount, seed = found.groups() if found else (folder, None, None)
+    return Name(method, float(amount) if amount else None, int(seed) if seed else None)
 
 
 def find(root: str | Path, name: str) -> Path:
