@@ -123,8 +123,8 @@ def test_a_file_replaces_parts_of_those_that_it_includes(planned, tmp_path):
     (tmp_path / "mine.yaml").write_text("include: base.yaml\nseeds: [4]\noverrides: {ft: {lr: 0.5}}\n")
     grid = read(tmp_path / "mine.yaml")
     (block,) = grid.blocks
-    assert block.seeds == (4,) and block.overrides["ft"] == {"epochs": 1, "lr": 0.5}
-    assert block.overrides["attack"] == {"width": 2, "epochs": 1}
+    wanted = {"attack.width": 2, "attack.epochs": 1, "ft.epochs": 1, "ft.lr": 0.5}
+    assert block.seeds == (4,) and block.overrides == wanted
     assert grid.published == (str(tmp_path / "there"),)
 
 

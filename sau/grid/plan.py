@@ -23,7 +23,7 @@ from sau.run import AttackRun, DefenseRun, RecipeName
 from sau.settings import Settings
 
 METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
-Overrides = dict[str, dict[str, Any]]
+Overrides = dict[str, Any]  # by `METHOD.NAME`
 Part = dict[str, Setting]  # of a file or a block
 # The grid sets these for all cells, by keys of its own or by itself.
 _RESERVED = {
@@ -60,10 +60,9 @@ class Block:
                 require(axis, name, name in known, f"one of {', '.join(known)}")
         require("seeds", self.seeds, len(self.seeds) > 0, "one seed or more")
         axes = {"pratio": self.ratios, "ratio": self.clean_shares, "index": self.clean_shares}
-        for group, settings in self.overrides.items():
-            for name, value in settings.items():
-                ours = name in _RESERVED or axes.get(name)
-                require(f"overrides.{group}.{name}", value, not ours, "what no key of the grid itself sets")
+        for name, value in self.overrides.items():
+            ours = (own := name.rpartition(".")[2]) in _RESERVED or axes.get(own)
+            require(f"overrides.{name}", value, not ours, "what no key of the grid itself sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +114,8 @@ def _file(path: Path, known: Mapping[str, Option]) -> Part:
 
 
 def _part(content: Any, origin: str, known: Mapping[str, Option]) -> Part:
-    """The settings of a file or a block, overrides one by one as `overrides.METHOD.NAME`, so that each replaces its
-    like alone. ConfigError for unknown keys and methods."""
+    """The settings of a file or a block, overrides one by one as `METHOD.NAME`, so that each replaces its like
+    alone. ConfigError for unknown keys and methods."""
     found = settings_of(content, origin, known)
     overrides = found.pop("overrides", Setting({}, f"{origin}: overrides"))
     for group, settings in mapping(overrides.value, overrides.origin).items():
@@ -126,16 +125,12 @@ def _part(content: Any, origin: str, known: Mapping[str, Option]) -> Part:
             raise ConfigError(f"{where}: unknown method{nearest(group, [*METHODS, *ATTACKS, *DEFENSES])}")
         allowed = {name: option for each in methods for name, option in _request(*each).known.items()}
         own = settings_of(settings, where, allowed)
-        found |= {f"overrides.{group}.{name}": setting for name, setting in own.items()}
+        found |= {f"{group}.{name}": setting for name, setting in own.items()}
     return found
 
 
 def _block(settings: Part) -> Block:
-    overrides: Overrides = {}
-    for key, setting in settings.items():
-        if key.startswith("overrides."):
-            _, group, name = key.split(".", 2)
-            overrides.setdefault(group, {})[name] = setting.value
+    overrides = {name: each.value for name, each in settings.items() if "." in name}
     return Block(**values(settings, BLOCK), overrides=overrides)
 
 
@@ -193,7 +188,8 @@ def _settle(block: Block, kind: str, name: str, amount: float | None) -> tuple[s
     settings |= {"dataset": block.dataset} if kind == "attack" else {}
     settings |= {axis: amount} if amount is not None else {}
     for group in (kind, name):
-        settings |= {key: value for key, value in block.overrides.get(group, {}).items() if key in known}
+        own = {key.removeprefix(f"{group}."): value for key, value in block.overrides.items()}
+        settings |= {key: value for key, value in own.items() if key in known}
     for key in (*METHODS[kind][name].files, "index"):
         if settings.get(key) not in (None, "none"):
             settings[key] = str(Path(str(settings[key])).absolute())
