@@ -36,14 +36,15 @@ def planned(tmp_path) -> Callable[..., list[Cell]]:
 
 
 @pytest.fixture
-def drive(tmp_path) -> Callable[..., tuple[Scripted, list[Cell], list[str]]]:
+def drive(tmp_path, monkeypatch) -> Callable[..., tuple[Scripted, list[Cell], list[str]]]:
     """`drive(cells, script)` runs a grid on a scripted engine: the engine, the cells that failed, and the lines."""
 
     def run(every, script=None, *, published=()):
         store, lines = Store(tmp_path / "root", tuple(published)), list[str]()
         todo = needed(every, store)
         engine = Scripted(store, script or {})
-        return engine, run_cells(todo, store, engine, 1, lines.append), lines
+        monkeypatch.setattr("sau.grid.command.say", lines.append)
+        return engine, run_cells(todo, store, engine, 1), lines
 
     return run
 

@@ -11,7 +11,7 @@ import argparse
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from functools import partial
@@ -50,9 +50,7 @@ def status(cells: Sequence[Cell], store: Store) -> list[str]:
     return [*lines, f"left: {left} cells"] if left else lines
 
 
-def run_cells(
-    cells: Sequence[Cell], store: Store, engine: Local | RayEngine, retries: int, say: Callable[[str], None] = say
-) -> list[Cell]:
+def run_cells(cells: Sequence[Cell], store: Store, engine: Local | RayEngine, retries: int) -> list[Cell]:
     """Run cells, attacks before their defenses, until each is finished or has failed at `retries` further tries, and
     stop the engine; returns those that failed."""
     waiting, running, tries = list(cells), dict[Future[Outcome], Cell](), Counter[str]()
