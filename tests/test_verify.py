@@ -14,7 +14,7 @@ from sau.cli import attack, defend
 from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Proportion, score
-from sau.record.folder import CONFIG, MANIFEST, SUMMARY, dump_manifest, read_config
+from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record, read_config
 from sau.verify import compare, verify
 
 
@@ -56,8 +56,8 @@ def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
         tensors = load_file(place)
         how(tensors)
         save_file(tensors, place)
-    kept = [one for one in sorted(folder.iterdir()) if one.is_file() and one.name != MANIFEST]
-    (folder / MANIFEST).write_bytes(dump_manifest(kept))
+    (folder / MANIFEST).unlink()
+    (record := Record(folder)).finish(record.summary())
 
 
 def states(path: Path, dataset_path: str | None = None) -> dict[str, str]:

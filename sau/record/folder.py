@@ -165,7 +165,9 @@ class Record:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and last the manifest, which closes the folder; drop the checkpoint and the lock."""
         write(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-        write(self.path / MANIFEST, dump_manifest([file for file in self._files() if file.name != CHECKPOINT]))
+        files = [file for file in self._files() if file.name != CHECKPOINT]
+        entries = {file.name: {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files}
+        write(self.path / MANIFEST, (json.dumps({"schema": SCHEMA, "files": entries}, indent=2) + "\n").encode())
         (self.path / CHECKPOINT).unlink(missing_ok=True)
         release(self.path)
 
@@ -231,9 +233,3 @@ def read_config(file: Path) -> Config:
     if schema != SCHEMA:
         raise RecordError(f"{file.parent} has schema {schema!r}, not {SCHEMA}; use the version of sau that wrote it")
     return config
-
-
-def dump_manifest(files: list[Path]) -> bytes:
-    """The content of `manifest.json` for these files."""
-    entries = {file.name: {"sha256": checksum(file), "bytes": file.stat().st_size} for file in files}
-    return (json.dumps({"schema": SCHEMA, "files": entries}, indent=2) + "\n").encode()
