@@ -52,8 +52,7 @@ def read(folder: Path) -> AttackResult:
 
 def blank(name: str, classes: int, size: int) -> dict[str, Tensor]:
     """The state dict of the published network, without memory for its values; ConfigError if there is none."""
-    how: Any = {"shape": (3, size, size), "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return state_dict_spec(lambda: build(name, classes, **how).net)
+    return state_dict_spec(lambda: build(name, classes, shape=(3, size, size), mean=(0.0,) * 3, std=(1.0,) * 3).net)
 
 
 def _attack_result(content: Any, folder: Path, digest: str) -> AttackResult:
