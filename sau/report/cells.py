@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sau.errors import one_line
 from sau.record.folder import EARLY
@@ -16,16 +16,6 @@ NETWORK = ("name", "width", "classes", "shape")
 FIGURES = (*PERCENT, *COST)
 DEAD = "(did not take)"
 Variant = tuple[str, str, bool]  # defense, label, and whether test data chose something
-
-
-class Run(NamedTuple):
-    """What tells a run from others."""
-
-    of: tuple[Any, ...]  # the attacked network of a defense, and whether test data chose something
-    name: str  # of the attack or the defense
-    settings: dict[str, Any] | None
-    seed: int | None
-    folder: str
 
 
 @dataclass(frozen=True)
@@ -125,11 +115,9 @@ def _network(result: Result) -> dict[str, Any]:
 
 def _section(results: list[Result]) -> Section:
     notes = {str(note) for result in results for note in result.config.get("notes") or []}
-    runs = {one.attack_path: Run((), one.attack, one.attack_settings, one.seed, one.name) for one in reversed(results)}
-    labels = _labels(runs)  # an attack comes before its defenses and knows its own seed and folder
-    runs = {one.path: Run((one.attack_path, one.oracle), one.defense, one.settings, one.seed, one.path.name)
-            for one in results if one.defense != NONE}  # fmt: skip
-    own = _labels(runs)
+    # An attack comes before its defenses and knows its own seed and folder.
+    labels = _labels({one.attack_path: one for one in reversed(results)}, attacks=True)
+    own = _labels({one.path: one for one in results if one.defense != NONE}, attacks=False)
     attacks: dict[tuple[str, str], dict[Variant, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for one in results:
         attacks[one.attack, labels[one.attack_path]][one.defense, own.get(one.path, ""), one.oracle].append(one)
@@ -137,19 +125,23 @@ def _section(results: list[Result]) -> Section:
     return Section(results[0].dataset, _network(results[0]), tuple(sorted(notes)), cells)
 
 
-def _labels(runs: Mapping[Path, Run]) -> dict[Path, str]:
-    """The settings in which a run differs from others of its name, as `name=value`; or its folder, where these leave
-    two runs of one seed alike. An early end is always said, a choice by test data is marked elsewhere."""
-    labels = {}
+def _labels(runs: Mapping[Path, Result], attacks: bool) -> dict[Path, str]:
+    """The settings in which an attack or a defense differs from others of its name, as `name=value`; or its folder,
+    where they leave two runs of one seed alike. An early end is always said; what test data chose is marked elsewhere.
+    """
+    names = {path: run.attack if attacks else run.defense for path, run in runs.items()}
+    settings = {path: (run.attack_settings if attacks else run.settings) or {} for path, run in runs.items()}
+    labels, marks = dict[Path, str](), dict[Path, tuple[Any, ...]]()
     for path, run in runs.items():
-        others = [other.settings for other in runs.values() if other.name == run.name and other.settings]
+        others = [settings[other] for other in runs if names[other] == names[path] and settings[other]]
         differing = {
-            key: value for key, value in sorted((run.settings or {}).items())
+            key: value for key, value in sorted(settings[path].items())
             if key == EARLY or (key != "select" and any(other.get(key) != value for other in others))
         }  # fmt: skip
         labels[path] = ", ".join(f"{key}={_text(value)}" for key, value in differing.items())
-    alike = Counter((run.of, run.name, labels[path], run.seed) for path, run in runs.items())
-    return {path: labels[path] if alike[run.of, run.name, labels[path], run.seed] == 1 else run.folder
+        marks[path] = (names[path], labels[path], run.seed, *(() if attacks else (run.attack_path, run.oracle)))
+    alike = Counter(marks.values())
+    return {path: labels[path] if alike[marks[path]] == 1 else run.name if attacks else path.name
             for path, run in runs.items()}  # fmt: skip
 
 
