@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sau.attack import ATTACKS
-from sau.config import Option, Setting, check, load_yaml, mapping, nearest, options, param, settings_of, values, written
+from sau.config import Option, Setting, load_yaml, mapping, nearest, options, param, settings_of, values, written
 from sau.data.sources import source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError, require
@@ -53,7 +53,6 @@ class Block:
     overrides: Overrides = field(default_factory=dict, metadata={"help": "settings by method, `attack` or `defense`"})
 
     def __post_init__(self) -> None:
-        check(self)
         source(self.dataset)
         for axis, known in (("attacks", ATTACKS), ("defenses", DEFENSES)):
             for name in getattr(self, axis):
@@ -76,9 +75,6 @@ class Grid:
     retries: int = param(1, "tries after a crash or a timeout; a mistake of the user is not tried again", ge=0)
     cell_timeout: float | None = param(None, "seconds that one try may take", gt=0)
     memory_gb: float = param(2.0, "GiB that a cell needs", gt=0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 BLOCK = options(Block)
