@@ -106,7 +106,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     device = use_device(args)
     attacked, record = attack_result.load(path), Record(path)
     safe_join(path, "figures")  # RecordError if it is a link
-    before, after, triggered = attacked.model(), attacked.blank(), attacked.triggered
+    before, after, triggered = attacked.model(), attacked.model(), attacked.triggered
     if args.defense is not None:  # loaded before anything is drawn
         if triggered is None:
             raise RecordError(f"{path} is a clean network; examples and features need triggered images")
@@ -127,7 +127,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         yield f"features_{args.defense}", draw.features(before, after, test, triggered, args.map)
         clean, bad = sample(test, triggered, EXAMPLE_IMAGES)
         if bad:
-            there = after.eval().to(device), before.to(device), clean.to(device), bad.to(device)
+            there = after.to(device), before.to(device), clean.to(device), bad.to(device)
             yield f"examples_{args.defense}", draw.examples(*there, Search(eps=args.eps))
 
 

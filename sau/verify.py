@@ -44,10 +44,10 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
     def measured(folder: Path, amp: bool) -> Score:
         """The score of the network that is stored in a folder."""
         attack, test, triggered = attacked()
-        model = attack.blank()
+        model = attack.model()
         attack_result.load_weights(model, folder / "model.safetensors")
         model.amp = amp
-        return score(model.to(where).eval(), test, triggered)
+        return score(model.to(where), test, triggered)
 
     checks = [_check("files", lambda: _files(path))]
     if checks[0].state != "ok":

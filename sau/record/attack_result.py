@@ -53,18 +53,15 @@ class AttackResult:
         return train.replace_rows(bad, bad.index), "poisoned"
 
     def model(self) -> Normalized:
-        """The attacked network, on the CPU, in eval mode; RecordError if the weights are of another network."""
-        model = self.blank()
-        model.net.load_state_dict(self.weights)
-        return model.eval()
-
-    def blank(self) -> Normalized:
-        """A new network like the attacked one. ConfigError for an unknown network, RecordError if the weights have
-        other names or shapes, which is known before memory is allocated: a record may claim any size."""
+        """The attacked network, new at each call, on the CPU, in eval mode. ConfigError for an unknown network,
+        RecordError if the weights have other names or shapes, which is known before memory is allocated: a record may
+        claim any size."""
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
         compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
-        return make()
+        model = make()
+        model.net.load_state_dict(self.weights)
+        return model.eval()
 
     def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
         """The clean training and test images that the attack saw, and notes about them. `dataset_path` is where they
