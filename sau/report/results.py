@@ -184,8 +184,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             raise ValueError("a row has no epoch")
     except MALFORMED as error:
         raise RecordError(f"{folder / METRICS} is damaged: {error}") from None
-    last = max((row.get("stage", 0.0) for row in rows), default=0.0)
-    return [row for row in rows if row.get("stage", 0.0) == last]
+    return [row for row in rows if row.get("stage") == rows[-1].get("stage")]
 
 
 def marked(name: str, selection: str | None) -> str:

@@ -170,10 +170,10 @@ def _compare(ours: Sequence[TableCell], theirs: Sequence[TableCell]) -> PairedCo
 
 def _by_network(cells: Sequence[TableCell]) -> dict[tuple[str, Path], Any]:
     """PERCENT by network (attack and folder), over the defense's own seeds; one without a trigger is left out."""
-    found: dict[tuple[str, Path], list[list[float]]] = defaultdict(list)
+    found: dict[tuple[str, Path], list[Any]] = defaultdict(list)
     for result in (result for cell in cells for result in cell.results):
-        figures = [figure for name in PERCENT if (figure := result.figures[name]) is not None]
-        if len(figures) == len(PERCENT):
+        figures = [result.figures[name] for name in PERCENT]
+        if None not in figures:
             found[result.attack, result.attack_path].append(figures)
     return {network: np.mean(rows, 0) for network, rows in found.items()}
 
