@@ -75,9 +75,8 @@ def _names(value: Any) -> list[str] | None:
         pairs = [(key, name) if isinstance(name, str) else (name, key) for key, name in value.items()]
         numbered = {str(number): name for number, name in pairs}
         value = [numbered.get(str(number)) for number in range(len(pairs))]
-    if not isinstance(value, list | tuple) or len(value) < 2 or not all(isinstance(name, str) for name in value):
-        return None
-    return list(value) if len({*value}) == len(value) else None
+    named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return list(value) if named and len({*value}) == len(value) > 1 else None
 
 
 def fit(value: Tensor, own: Tensor, name: str) -> Tensor:
