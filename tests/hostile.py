@@ -33,15 +33,19 @@ def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
-def in_zip(code: bytes) -> bytes:
-    out = io.BytesIO()
-    torch.save({"x": torch.zeros(2)}, out)
-    return pickled(out.getvalue(), lambda content: b"\x80\x02" + code + b".")
-
-
 def saved(content: Any, **options: Any) -> bytes:
     out = io.BytesIO()
     torch.save(content, out, **options)
+    return out.getvalue()
+
+
+def in_zip(code: bytes) -> bytes:
+    """An archive of torch.save whose pickle is this code; nothing is compressed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved({"x": torch.zeros(2)}))) as old, zipfile.ZipFile(out, "w") as new:
+        for member in old.infolist():
+            ours = member.filename.endswith("data.pkl")
+            new.writestr(member.filename, b"\x80\x02" + code + b"." if ours else old.read(member))
     return out.getvalue()
 
 
@@ -76,14 +80,6 @@ def getattr_chain(canary: Path) -> bytes:
     return in_zip(b"cbuiltins\ngetattr\n(" + module + text("system") + b"tR(" + text(touch(canary)) + b"tR")
 
 
-def module_attribute(canary: Path) -> bytes:
-    return in_zip(b"ctorch.serialization\nos.system\n(" + text(touch(canary)) + b"tR")
-
-
-def object_array(canary: Path) -> bytes:
-    return saved({**dict.fromkeys(KEYS), "bd_test": np.array([Call(os.system, touch(canary))], dtype=object)})
-
-
 def false_dtype() -> bytes:
     """An int64 dtype that is told, after an array was made of it, that it holds Python objects."""
     kind = b"cnumpy\ndtype\n(" + text("i8") + b"\x89\x88tRq\x01"
@@ -97,19 +93,11 @@ def builtins_of_numpy(canary: Path) -> bytes:
     return in_zip(item + b"(" + text(f"open({str(canary)!r}, 'w')") + b"tR")
 
 
-def pickled(raw: bytes, change: Any) -> bytes:
-    """The archive with `change(pickle)` for its pickle; nothing is compressed."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
-        for member in old.infolist():
-            content = old.read(member)
-            new.writestr(member.filename, change(content) if member.filename.endswith("data.pkl") else content)
-    return out.getvalue()
-
-
 def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
     """Files that do harm to an ordinary reader, most by creating `canary`, and a word of their refusal."""
     command = touch(canary)
+    attribute = b"ctorch.serialization\nos.system\n(" + text(command) + b"tR"
+    array = np.array([Call(os.system, command)], dtype=object)
     script = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is said to be on its way out
@@ -118,14 +106,14 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
         "os.system": (saved(Call(os.system, command)), "system"),
         "eval": (saved(Call(eval, f"open({str(canary)!r}, 'w')")), "eval"),
         "getattr chain": (getattr_chain(canary), "getattr"),
-        "module attribute": (module_attribute(canary), "torch.serialization.os.system"),
-        "object array": (object_array(canary), "posix.system"),
+        "module attribute": (in_zip(attribute), "torch.serialization.os.system"),
+        "object array": (saved({**dict.fromkeys(KEYS), "bd_test": array}), "posix.system"),
         "nested pickle": (saved(Call(pickle.loads, pickle.dumps(Call(os.system, command)))), "loads"),
         "legacy": (saved(Call(os.system, command), _use_new_zipfile_serialization=False), "posix.system"),
         "tar": (tarred(command), "no file of torch.save"),
         "TorchScript": (script.getvalue(), "TorchScript"),
         "whole module": (saved(nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
-        "deflate bomb": (deflated(200), "declares more"),
+        "deflate bomb": (deflated(200), "declares more bytes than the file has"),
         "false dtype": (false_dtype(), "dtype"),
         "torch.utils": (saved(Call(run, command)), "torch.utils.collect_env.run"),
         "builtins of numpy": (builtins_of_numpy(canary), "operator.getitem"),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import HERE, deflated, hostile, in_zip, saved, text, watched
+from hostile import HERE, hostile, in_zip, saved, text, watched
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import REPOSITORY, environment, refuses, the_error
@@ -33,10 +33,10 @@ ZIP, OLD = "torch zip archive", "torch before 1.6"
 EVIL = "\x1b[2J\nharmless to open\ud800\u202e" + "x" * 200
 
 
-def small(width: int = 4, classes: int = 7) -> dict[str, Tensor]:
+def small() -> dict[str, Tensor]:
     """A state dict of the library's network."""
     torch.manual_seed(0)
-    return build(NET, classes, width=width, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
+    return build(NET, 7, width=4, mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
 
 
 def stored(tmp_path: Path, content: Any, name: str = "net.pt", **options: Any) -> Path:
@@ -227,13 +227,11 @@ def test_a_pointer_a_web_page_and_an_empty_file_are_named(word, name, tmp_path):
         weights.read(path)
 
 
-def test_pipes_devices_and_archives_that_declare_too_much_are_refused(tmp_path):
+def test_pipes_devices_and_folders_are_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
         with pytest.raises(RecordError, match=str(path)):
             weights.read(path)
-    with pytest.raises(RecordError, match="declares more bytes than the file has"):
-        weights.read(stored(tmp_path, deflated(200)))
 
 
 def test_files_that_hold_themselves_come_to_an_end(tmp_path):
