@@ -344,18 +344,13 @@ def changed(change: Callable[[Any], Any]) -> nn.Module:
     return net
 
 
-def broken(net: Any) -> None:
-    with torch.no_grad():
-        net.linear.weight[0, 0] = float("nan")
-
-
 NETWORKS: list[tuple[str, type[SauError], str, Callable[[], Any]]] = [
     ("half", ConfigError, "torch.float16", lambda: tiny_net().half()),
     ("scripted", ConfigError, "Script", lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(768, 4)))),
     ("a state dict", ConfigError, "OrderedDict", lambda: tiny_net().state_dict()),
     ("lazy", ConfigError, "lazy", lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4))),
     ("no weights", ConfigError, "no weights", nn.Flatten),
-    ("NaN", TrainingError, "linear.weight", lambda: changed(broken)),
+    ("NaN", TrainingError, "linear.weight", lambda: changed(lambda net: net.linear.weight.data[0, 0].fill_(torch.nan))),
     ("softmax", ConfigError, "probabilities", lambda: Shaped(lambda z: z.softmax(1))),
     ("no gradients", ConfigError, "weights", lambda: Shaped(lambda z: z.detach())),
     ("other channels", DataError, "(8, 3, 16, 16)", lambda: tiny_net(channels=1)),
@@ -413,28 +408,10 @@ def test_what_is_not_finite_stops_a_run_with_its_last_finite_place_kept(name):
 # Networks without the layers that a defense looks for
 
 
-class Residual(nn.Module):
-    """Two convolutions with group norms, and a sum."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(2, channels)
-        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(2, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))))
-
-
 def vgg() -> nn.Module:
     """Convolutions, biases, no norm."""
-    conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-    layers = (conv(3, 6), nn.ReLU(), nn.MaxPool2d(2), conv(6, 8), nn.ReLU(), nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 4))
-
-
-def group_norm() -> nn.Module:
-    stem = (nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.ReLU())
-    return nn.Sequential(*stem, Residual(4), Residual(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    head = (nn.Linear(128, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 4))
+    return nn.Sequential(*make_layers([6, "M", 8, "M"]), nn.Flatten(), *head)
 
 
 def mlp() -> nn.Module:
@@ -461,10 +438,14 @@ class Narrow(ResNet):
         return super()._make_layer(block, planes // 16, *rest, **how)
 
 
-def resnet() -> nn.Module:
-    net = Narrow(BasicBlock, [1, 1, 1, 2])
+def resnet(norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
+    net = Narrow(BasicBlock, [1, 1, 1, 2], norm_layer=norm)
     net.fc = nn.Linear(32, 4)
     return net
+
+
+def group_norm() -> nn.Module:
+    return resnet(lambda channels: nn.GroupNorm(2, channels))
 
 
 def vgg_bn() -> nn.Module:
@@ -482,7 +463,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "npd": {"mlp": "Conv2d"},
 }
 CONVOLUTIONS = {
-    "vgg_bn": "features.4", "vgg": "3", "group": "4.conv2", "vit": "conv_proj", "mobile": "features.2.0",
+    "vgg_bn": "features.4", "vgg": "3", "group": "layer4.1.conv1", "vit": "conv_proj", "mobile": "features.2.0",
     "resnet": "layer4.1.conv1", "mlp": "layer4.1.conv1",
 }  # fmt: skip
 
@@ -509,15 +490,12 @@ def layers(*parts: nn.Module) -> nn.Module:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def parametrised() -> nn.Module:
-    return changed(lambda net: nn.utils.parametrizations.weight_norm(net.linear))
-
-
 LACKS: list[tuple[Any, Callable[[], nn.Module], str]] = [  # and what the refusal names
     (CLP(), lambda: layers(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), "convolution"),
     (CLP(pairing="order"), lambda: layers(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), "convolution"),
     (D3(), lambda: layers(nn.Conv2d(3, 4, 3)), "Linear"),
-    *((method, parametrised, "remove_parametrizations") for method in (D3(), FST(), FP())),
+    *((method, lambda: changed(lambda net: nn.utils.parametrizations.weight_norm(net.linear)),
+       "remove_parametrizations") for method in (D3(), FST(), FP())),
     (FP(unit="linear_input"), lambda: layers(nn.Conv2d(3, 4, 3)), "--unit last_conv"),
     # Its linear layer makes no logits.
     (FP(unit="linear_input"), lambda: layers(nn.Flatten(), nn.Linear(768, 8), nn.Unflatten(1, (8, 1, 1)),
