@@ -13,7 +13,6 @@ from sau.attack import Blended
 from sau.data.images import Batches, Images
 from sau.defense import ANP, pruning
 from sau.evaluate import score
-from sau.loop import RunContext
 
 
 class Deep(nn.Sequential):
@@ -73,7 +72,7 @@ def test_an_iteration_is_the_papers():
     net, x, y = doubled()
     network = partial(pruning.masked_logits, net.train(), pruning.batch_norms(net, "anp"))
     rows: list[dict[str, float]] = []
-    session = RunContext(say=lambda line: None, on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
+    session = quiet(on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
     defense, batches = ANP(lr=20.0, anp_eps=0.4, anp_alpha=0.2, nb_iter=1, batch_size=8), Batches(x, (y,), 8)
     torch.manual_seed(3)
     masks = torch.cat(list(defense.learn(net, (x, y), batches, session).values()))
@@ -108,7 +107,7 @@ def test_the_masks_are_learned_from_other_images_than_those_that_choose(monkeypa
 
     monkeypatch.setattr(ANP, "learn", learn)
     monkeypatch.setattr(pruning, "choose", lambda model, levels, held, *rest: used.append(held and held[0]))
-    ANP(**settings).purify(tiny_net(), (x, y), session=RunContext(say=lambda line: None, judge=lambda network: None))
+    ANP(**settings).purify(tiny_net(), (x, y), session=quiet(judge=lambda network: None))
     assert len(used[0]) == learned
     if chosen_by:
         assert len(used[1]) == chosen_by
@@ -153,7 +152,7 @@ def backdoored() -> tuple[nn.Module, Images, Images]:
 def test_pruning_removes_the_backdoor_and_keeps_the_accuracy(select):
     net, test, triggered = backdoored()
     before = score(net, test, triggered)
-    session = RunContext(say=lambda text: None, judge=lambda network: score(network, test, triggered))
+    session = quiet(judge=lambda network: score(network, test, triggered))
     defense = ANP(nb_iter=60, batch_size=64, lr=0.2, select=select, augment=False)
     after = score(defense.purify(net, toy_images(200, seed=3), session=session), test, triggered)
     assert before.asr.percent > 95 and before.acc.percent > 95

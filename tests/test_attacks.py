@@ -24,7 +24,6 @@ from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, t
 from sau.defense.sau_sam import cut_closed
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, predict, score
-from sau.loop import RunContext
 from sau.models import Normalized, build
 from sau.optim import Training
 from sau.risk import measure
@@ -295,7 +294,7 @@ def test_an_attack_in_stages_resumes_with_equal_weights_and_triggers(attack, sav
     def fitted(tape: Tape) -> tuple[Any, Any]:
         torch.manual_seed(2)
         fresh, net = ready(with_(attack, pratio=0.25)), tiny_net()
-        session = RunContext(say=lambda text: None, checkpoint=tape)
+        session = quiet(checkpoint=tape)
         with suppress(KeyboardInterrupt):
             fresh.fit(net, images, recipe, augment=Augment(2, flip=True), session=session)
         return net, fresh
@@ -597,20 +596,7 @@ def test_images_that_a_trigger_network_cannot_halve_are_refused(attack, side):
         attack.fit_trigger(toy_images(8, size=side), tiny_net(), Training())
 
 
-RECIPE, QUIET = Training(epochs=1, batch_size=8, lr=0.01), RunContext(say=lambda text: None)
-PIXELS, LABELS = toy_images(8).pixels, toy_images(8).labels
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("pixels", "labels", "word"), [
-    (PIXELS / 255, LABELS, "torch.float32"),
-    (PIXELS.permute(0, 2, 3, 1), LABELS, "8, 16, 16, 3"),
-    (PIXELS, torch.eye(4)[LABELS], "8, 4"),
-    (PIXELS, LABELS.float(), "torch.float32"),
-])  # fmt: skip
-def test_images_and_labels_of_another_kind_are_refused(pixels, labels, word):
-    with pytest.raises(DataError, match=word):
-        Images.clean(pixels, labels, 4)
+RECIPE = Training(epochs=1, batch_size=8, lr=0.01)
 
 
 class Heads(torch.nn.Module):
@@ -639,7 +625,7 @@ UNFIT = {
 @pytest.mark.parametrize(("net", "kind"), UNFIT.values(), ids=UNFIT)
 def test_networks_that_no_attack_can_train_are_refused(net, kind):
     with refuses(kind):
-        BadNet().fit(net, toy_images(8), RECIPE, session=QUIET)
+        BadNet().fit(net, toy_images(8), RECIPE, session=quiet())
 
 
 def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
@@ -653,7 +639,7 @@ def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
     attack.fit(tiny_net(), toy_images(20), Training(epochs=3, batch_size=10), session=quiet())
     assert calls == [2.0] * 3 and "abi" in attack.identity() and not {"abi", "resilient_rho"} & {*BadNet().identity()}
     with pytest.raises(ConfigError, match="abi"):
-        attack.fit(torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), toy_images(8), RECIPE, session=QUIET)
+        attack.fit(torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4)), toy_images(8), RECIPE, session=quiet())
 
 
 def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights():
@@ -681,19 +667,19 @@ def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights():
 def test_a_batch_of_one_image_is_too_few_for_batch_norm():
     net = torch.nn.Sequential(FLAT, torch.nn.Linear(768, 4), torch.nn.BatchNorm1d(4))
     with pytest.raises(DataError, match="batch norm"):
-        Prototype().fit(net, toy_images(4), Training(epochs=1, batch_size=1), session=QUIET)
+        Prototype().fit(net, toy_images(4), Training(epochs=1, batch_size=1), session=quiet())
     with pytest.raises(DataError, match="no images"):
-        Prototype().fit(tiny_net(), toy_images(4)[torch.arange(0)], RECIPE, session=QUIET)
+        Prototype().fit(tiny_net(), toy_images(4)[torch.arange(0)], RECIPE, session=quiet())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu")])
 def test_networks_learn_and_risks_are_measured_in_any_context(context):
     """In bf16, whose casts of weights an outer autocast would keep until it ends."""
     images, net, other = toy_images(16), Normalized(tiny_net(), amp=True), Normalized(tiny_net(), amp=True).eval()
-    wanted = BadNet().fit(Normalized(tiny_net(), amp=True), images, RECIPE, session=QUIET)
+    wanted = BadNet().fit(Normalized(tiny_net(), amp=True), images, RECIPE, session=quiet())
     risks = measure(wanted, other, images).summary()
     with context():
-        fitted = BadNet().fit(net, images, RECIPE, session=QUIET)
+        fitted = BadNet().fit(net, images, RECIPE, session=quiet())
         assert measure(wanted, other, images).summary() == risks
     assert same_weights(fitted, wanted)
 
@@ -714,8 +700,8 @@ def test_dfba_opens_its_path_to_the_trigger_alone(monkeypatch):
     images, hits = toy_images(40, size=32), iter([3, 1, 4, 1, 5, 9, 2, 6])
     monkeypatch.setattr("sau.attack.dfba.proportions", lambda *_: [Proportion(next(hits), 10)])
     net = build("preactresnet18", 4, width=8, shape=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
-    attack = DFBA(attack_target=2).fit_trigger(images, net, Training(epochs=0), session=QUIET)
-    attack.fit(net, images, RECIPE, session=QUIET)
+    attack = DFBA(attack_target=2).fit_trigger(images, net, Training(epochs=0), session=quiet())
+    attack.fit(net, images, RECIPE, session=quiet())
     x, clean = to_float(images.pixels), predict(net, images.pixels)
     assert predict(net, attack.stamp(x)).unique().tolist() == [2] != clean.unique().tolist()
     assert (net.net.linear.weight[2] == attack.path_gain).nonzero().tolist() == [[5]]

@@ -10,14 +10,13 @@ import pytest
 import torch
 from bench_parts import measure, released, setting
 from torch import nn
-from toys import REPOSITORY, environment, tiny_net, toy_images
+from toys import REPOSITORY, environment, quiet, tiny_net, toy_images
 
 from sau.attack import BadNet
 from sau.data.images import Augment, to_float
 from sau.data.sources import Source
 from sau.defense import SAU
 from sau.evaluate import score
-from sau.loop import RunContext
 from sau.models import Normalized
 
 CPU = torch.device("cpu")
@@ -84,7 +83,7 @@ def test_memory_is_flat_in_rounds():
         )
 
     held: list[int] = []
-    session = RunContext(say=lambda text: None, on_epoch=lambda *what: held.append(alive()) or {})
+    session = quiet(on_epoch=lambda *what: held.append(alive()) or {})
     SAU(epochs=8, batch_size=16).purify(tiny_net(), toy_images(32), session=session)
     assert len(held) == 8 and held[-1] == held[1]
 

@@ -18,10 +18,21 @@ from sau.record.attack_result import AttackResult
 # Images and quantise
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 4], [-1, 0, 1]])
-def test_labels_out_of_range_are_refused(labels):
-    with pytest.raises(DataError, match="0..3"):
-        Images.clean(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.tensor(labels), 4)
+PIXELS, LABELS = toy_images(8).pixels, toy_images(8).labels
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("pixels", "labels", "word"), [
+    (PIXELS / 255, LABELS, "torch.float32"),
+    (PIXELS.permute(0, 2, 3, 1), LABELS, "8, 16, 16, 3"),
+    (PIXELS, torch.eye(4)[LABELS], "8, 4"),
+    (PIXELS, LABELS.float(), "torch.float32"),
+    (PIXELS, LABELS + 1, "0..3"),
+    (PIXELS, LABELS - 1, "0..3"),
+])  # fmt: skip
+def test_images_and_labels_of_another_kind_are_refused(pixels, labels, word):
+    with pytest.raises(DataError, match=word):
+        Images.clean(pixels, labels, 4)
 
 
 def test_picking_keeps_what_belongs_together():

@@ -39,7 +39,7 @@ LAYERS = {"nad": {"layers": ("features",)}, "npd": {"target_layer_name": "last.1
 @cache
 def purified(name: str) -> nn.Module:
     """What comes back where nothing is unusual; scores on the test sets are not asked for without `select=oracle`."""
-    session = replace(quiet(), judge=lambda model: pytest.fail("a defense asked for scores on the test sets"))
+    session = quiet(judge=lambda model: pytest.fail("a defense asked for scores on the test sets"))
     return ROWS[name].defense.purify(tiny_net(), pair(), session=session)
 
 
@@ -139,7 +139,7 @@ def test_in_bf16_what_is_learned_is_what_comes_back(name):
                 answers.append(state["model"](x))
         return {}
 
-    session = RunContext(say=lambda text: None, on_epoch=on_epoch)
+    session = quiet(on_epoch=on_epoch)
     fixed = ROWS[name].defense.purify(Normalized(tiny_net(), amp=True), pair(), session=session)
     with torch.no_grad():
         assert answers and torch.allclose(fixed(x), answers[-1], atol=1e-6)
@@ -189,7 +189,7 @@ def test_without_time_for_an_update_a_network_keeps_what_it_can(method):
     """A classifier that was drawn anew and has learned nothing would pass for a low ASR."""
     net, clean, test, triggered = backdoored()
     judge = partial(score, clean=test, triggered=triggered)
-    session = replace(quiet(), limit=Limit(time.monotonic() - 1), judge=judge)
+    session = quiet(limit=Limit(time.monotonic() - 1), judge=judge)
     layer = {"target_layer_name": "features.3"} if method.name == "npd" else {}
     fixed = method(batch_size=25, **layer).purify(net, clean, session=session)
     before, after = (score(each, test, triggered).acc.percent for each in (net, fixed))
@@ -396,7 +396,7 @@ def test_what_is_not_finite_stops_a_run_with_its_last_finite_place_kept(name):
     """The advice names the learning rate of the stage."""
     net, tape, settings = tiny_net(), Tape(), TOO_FAST[name]
     flag = "lr" if name == "anp" else next(iter(settings))
-    session = RunContext(say=lambda text: None, checkpoint=tape, save_every=ALWAYS)
+    session = quiet(checkpoint=tape, save_every=ALWAYS)
     with pytest.raises(TrainingError) as stop:
         replace(ROWS[name].defense, **settings).purify(net, pair(), session=session)
     assert str(stop.value).endswith(f"try a smaller --{flag}") and same_weights(net, tiny_net())
@@ -583,7 +583,7 @@ CLAIMS = {  # method, the range of the ASR that is left (of more than 90 %), poi
 def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
     (defense, (low, high), cost), (net, clean, test, triggered) = CLAIMS[claim], backdoored()
     before, rounds = score(net, test, triggered), list[dict[str, float]]()
-    session = RunContext(say=lambda text: None, on_epoch=lambda epoch, losses, state: rounds.append(losses) or {})
+    session = quiet(on_epoch=lambda epoch, losses, state: rounds.append(losses) or {})
     after = score(defense.purify(net, clean, session=session, settings="as_given"), test, triggered)
     assert before.asr.percent > 90 and low <= after.asr.percent <= high
     assert after.acc.percent >= before.acc.percent - cost
@@ -600,6 +600,6 @@ def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
 ])  # fmt: skip
 def test_schedules_and_momentum_reach_the_optimiser(defense, name, wanted):
     seen = []
-    session = replace(quiet(), on_epoch=lambda *at: seen.append(at[2]["descent"].optimizer.param_groups[0][name]) or {})
+    session = quiet(on_epoch=lambda *at: seen.append(at[2]["descent"].optimizer.param_groups[0][name]) or {})
     defense.purify(tiny_net(), pair(), session=session)
     assert seen == pytest.approx(wanted, abs=1e-12)

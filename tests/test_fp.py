@@ -9,7 +9,6 @@ from toys import own_answers, pair, quiet, tiny_net
 from sau.defense import FP, pruning
 from sau.defense.fp import activations, unit_layers
 from sau.evaluate import Proportion, Score
-from sau.loop import RunContext
 from sau.models import PreActResNet18, unwrapped
 
 SHUFFLED = torch.tensor([3, 8, 1, 9, 0, 7, 2, 5, 6, 4])  # place of the pixels in the image of `ten_units`
@@ -59,7 +58,7 @@ def test_the_oracle_stops_by_the_test_accuracy_and_is_blind_to_asr():
         n = len(gone(network.get_submodule("net")))
         return Score(Proportion(90 if n <= 2 else 80, 100), Proportion(5 if n == 1 else 90, 100), Proportion(0, 100))
 
-    session = RunContext(say=lambda text: None, judge=judge)
+    session = quiet(judge=judge)
     fixed = FP(epochs=0, augment=False, select="oracle").purify(net, data, session=session)
     assert gone(fixed) == [0, 1]
 

@@ -10,7 +10,7 @@ from checkpoints import ALWAYS, NEVER, Tape
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
-from toys import TinyNet, refuses, same_weights, toy_images
+from toys import TinyNet, quiet, refuses, same_weights, toy_images
 
 from sau import loop
 from sau.data.images import Augment, to_float
@@ -223,7 +223,7 @@ def test_what_is_not_finite_stops_a_run_and_leaves_the_last_finite_checkpoint(br
     how = {"limit": limit} if save_every == "in time" else kept
     with refuses(TrainingError, f"{broken} is not finite", "--warm_lr"):
         loop.run(step, Plain([2] * 5), 3, state={name: weight}, end_epoch=lambda losses: None,
-                 session=RunContext(say=lambda text: None, **how), rate="warm_lr")  # fmt: skip
+                 session=quiet(**how), rate="warm_lr")  # fmt: skip
     assert count[0] == (9 if save_every in (ALWAYS, "in time") else 10)
     if kept:
         last = tape.load()

@@ -14,7 +14,6 @@ from toys import pair, planted, quiet, same_weights, tiny_net
 
 from sau.defense import BNP, CLP, EP, RNP, Defense, clp, ep, pruning
 from sau.evaluate import Proportion, Score, score
-from sau.loop import RunContext
 from sau.models import Normalized, build, unwrapped
 
 
@@ -66,7 +65,7 @@ def test_the_oracle_tries_u_from_the_highest_to_the_lowest():
         return Score(Proportion(acc, 100), Proportion(asr, 100))
 
     defense = First(select="oracle", u_min=0.0, u_max=1.5, u_num=4)
-    fixed = defense.purify(tiny_net(), pair(), session=RunContext(judge=judge, say=lambda line: None))
+    fixed = defense.purify(tiny_net(), pair(), session=quiet(judge=judge))
     assert measured == [0, 2, 3, 5] and gone(fixed) == 2
 
 

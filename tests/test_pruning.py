@@ -89,7 +89,7 @@ def test_an_oracles_search_ends_with_the_time_of_the_run(monkeypatch, time_for):
     def judge(network: nn.Module) -> Score:
         return Score(Proportion(90, 100), Proportion(90 - gone(network), 100), Proportion(0, 100))
 
-    session = RunContext(judge=judge, say=lambda line: None, limit=Limit(0.0))
+    session = quiet(judge=judge, limit=Limit(0.0))
     pruning.choose(net, [level(n) for n in range(1, 6)], None, 0.1, session)
     assert gone(net) == time_for and f"level {time_for + 1} of 5" in session.limit.ended
 

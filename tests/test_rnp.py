@@ -11,7 +11,6 @@ from toys import backdoored, pair, quiet, same_weights, tiny_net
 
 from sau.defense import RNP, pruning
 from sau.evaluate import Proportion, Score
-from sau.loop import RunContext
 
 SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augment": False}
 
@@ -27,7 +26,7 @@ def watched(defense: RNP, net: nn.Module, data: Any) -> tuple[list[dict[str, flo
         states.append({name: {k: v.clone() for k, v in kept[name].items()} for name in kept if name != "descent"})
         return {}
 
-    defense.purify(net, data, session=RunContext(say=lambda text: None, on_epoch=look))
+    defense.purify(net, data, session=quiet(on_epoch=look))
     return rows, states
 
 
@@ -105,6 +104,6 @@ def test_a_search_for_the_threshold(monkeypatch, select, number):
 
     monkeypatch.setattr(pruning, "score", judge)
     settings = {**SMALL, "recovering_lr": 5.0, "pruning_max": 1.0, "pruning_step": 0.01, "pruning_number": number}
-    session = RunContext(say=lambda line: None, judge=judge if select == "oracle" else None)
+    session = quiet(judge=judge if select == "oracle" else None)
     fixed = RNP(**settings, select=select).purify(tiny_net(), pair(40), session=session)
     assert 1 <= int(pruned(fixed).sum()) <= 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import pair, tiny_net, toy_images
+from toys import pair, quiet, tiny_net, toy_images
 
 from sau import device, graphs
 from sau.attack import ATTACKS, Attack, BadNet, InputAware, WaNet
@@ -236,7 +236,7 @@ def test_what_is_random_is_drawn_anew_for_each_replay(attack, replays, monkeypat
 
     monkeypatch.setattr(type(made), "compose", watched)
     recipe = Training(epochs=3, batch_size=8, lr_scheduler="constant")
-    made.fit(Normalized(tiny_net()), images, recipe, augment=Augment(2), session=RunContext(say=lambda text: None))
+    made.fit(Normalized(tiny_net()), images, recipe, augment=Augment(2), session=quiet())
     joint = made.classifier_epochs(recipe)
     assert len(composed) == 5 * joint and len(replays) == 15 - (3 - joint > 0) - 1
     assert not any(torch.equal(one, other) for one in composed for other in composed if one is not other)

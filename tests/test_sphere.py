@@ -15,7 +15,7 @@ from sau.defense import D3, FST
 from sau.defense.d3 import hinge
 from sau.defense.fst import FixedNormWeight
 from sau.errors import ConfigError
-from sau.loop import Limit, RunContext
+from sau.loop import Limit
 from sau.models.normalized import classifier, resolve_layer
 
 
@@ -190,7 +190,7 @@ def test_the_classifier_is_drawn_anew_from_the_interval_of_its_inputs(reset_bias
 @pytest.mark.parametrize("cls", [FST, D3])
 def test_a_resumed_run_without_time_keeps_what_was_learned(cls):
     method, data = cls(epochs=2, batch_size=8), pair()
-    session = RunContext(checkpoint=Stopping(3), say=lambda text: None, save_every=-1.0)
+    session = quiet(checkpoint=Stopping(3), save_every=-1.0)
     with pytest.raises(KeyboardInterrupt):
         method.purify(tiny_net(), data, session=session)
     late = method.purify(tiny_net(), data, session=replace(session, limit=Limit(time.monotonic() - 1)))

@@ -93,9 +93,9 @@ class Shaped(nn.Module):
         return self.shape(self.net(x))
 
 
-def quiet() -> RunContext:
+def quiet(**how: Any) -> RunContext:
     """A session that prints nothing."""
-    return RunContext(say=lambda text: None)
+    return RunContext(say=lambda text: None, **how)
 
 
 def train_victim(attack: Attack, images: Images, net: nn.Module | None = None) -> nn.Module:
