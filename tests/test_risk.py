@@ -150,7 +150,7 @@ def test_every_restart_looks_for_adversarial_examples():
     assert 4 <= once.adv.sum() <= 12 and often.adv.all() and not often.share.any()
 
 
-def planted(seed, eps):
+def planted(seed):
     """A network, its reference, images and triggered ones, some of which lie in the ball."""
     model, reference = tiny_net(4, seed=seed), tiny_net(4, seed=seed + 100)
     data = pictures(seed, 60, 4)
@@ -181,7 +181,7 @@ def test_what_is_brought_into_the_ball_lies_in_it(norm, eps):
 @pytest.mark.parametrize("norm, eps", [("L_inf", 0.1), ("L2", 0.5), ("L1", 4.0)])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_witness_is_one_and_the_risks_are_ordered(norm, eps, seed):
-    model, reference, data, triggered = planted(seed, eps)
+    model, reference, data, triggered = planted(seed)
     search = Search(norm=norm, eps=eps, steps=5)
     found = measure(model, reference, data, triggered, search, seed=seed)
     assert not (found.share & ~found.adv).any() and not (found.blind & ~found.share).any()
@@ -205,7 +205,7 @@ def test_every_witness_is_one_and_the_risks_are_ordered(norm, eps, seed):
 
 
 def test_without_triggers_inside_the_ball_there_is_no_bound():
-    model, reference, data, triggered = planted(0, 0.1)
+    model, reference, data, triggered = planted(0)
     found = measure(model, reference, data, search=Search(eps=0.1, steps=2))
     assert found.bound() is None and "r_bd" not in found.row() and len(found.adv) == len(data)
     far = triggered[(triggered.pixels != data.pixels[triggered.index]).flatten(1).any(1)]
@@ -214,7 +214,7 @@ def test_without_triggers_inside_the_ball_there_is_no_bound():
 
 
 def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
-    _, _, data, triggered = planted(0, 0.1)
+    _, _, data, triggered = planted(0)
     before = torch.get_rng_state()
     clean, left = sample(data, triggered, 25, seed=3)
     assert torch.equal(before, torch.get_rng_state())
@@ -233,7 +233,7 @@ def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
 
 def test_triggered_pictures_are_paired_with_those_they_were_made_from(unchecked):
     """By `index`, in whatever order the clean ones lie; where they are others, that is said."""
-    model, reference, data, triggered = planted(1, 0.1)
+    model, reference, data, triggered = planted(1)
     moved = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
     search = Search(eps=0.1, steps=2)
     one, two = (measure(model, reference, some, triggered, search) for some in (data, moved))
@@ -304,7 +304,7 @@ def test_a_tracked_run_writes_risks_and_ends_with_the_same_weights(victim, here,
 
 
 def test_the_same_seed_finds_the_same_and_leaves_generator_and_modes_alone():
-    model, reference, data, triggered = planted(1, 0.1)
+    model, reference, data, triggered = planted(1)
     model.train()
     model.features.eval()
     before = torch.get_rng_state()

@@ -73,15 +73,14 @@ def backdoored(kind: str = "conv") -> nn.Module:
     return copy.deepcopy(_trained(kind)).requires_grad_(True)
 
 
-def batches(count: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
-    x, y = pictures()
-    yield from zip(x.to(dtype).split(BATCH)[:count], y.split(BATCH)[:count], strict=True)
+def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(*(tensor.split(BATCH)[:count] for tensor in pictures()), strict=True)
 
 
-def apart(method: SAU, kind: str = "conv", updates: int = 2) -> dict[str, Any]:
+def apart(method: SAU, kind: str = "conv") -> dict[str, Any]:
     """The state of a run in which h has already left h_b."""
     state = method.prepare(backdoored(kind), range(4))
-    for x, y in batches(updates):
+    for x, y in batches(2):
         method.step(state, x, y)
     return state
 
@@ -151,14 +150,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def pair(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[SAU, dict[str, Any], Any]:
-    """Our method, its state and the twin, all from the same weights."""
-    start = backdoored(kind).to(dtype)
-    ours = SAU(lr=LR, **{OURS.get(name, name): value for name, value in options.items()})
-    twin = ReleasedSAU(copy.deepcopy(start), copy.deepcopy(start), lr=LR, **options)
-    return ours, ours.prepare(start, range(4)), twin
-
-
 def kept(monkeypatch: pytest.MonkeyPatch, cls: type, name: str) -> list[Any]:
     """What a method returns from now on."""
     results, original = [], getattr(cls, name)
@@ -180,7 +171,9 @@ def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest
     """Perturbations bit by bit; losses, weights and statistics up to the rounding of sums in another order.
 
     L1 and L2 shrink by a quotient of sums, so there the last bit may differ as well."""
-    ours, state, twin = pair(kind, CASES[case])
+    options: dict[str, Any] = {"lr": LR, **CASES[case]}
+    ours = SAU(**{OURS.get(name, name): value for name, value in options.items()})
+    state, twin = ours.prepare(backdoored(kind), range(4)), ReleasedSAU(backdoored(kind), backdoored(kind), **options)
     found, expected_found = kept(monkeypatch, SAU, "shared_pgd"), kept(monkeypatch, ReleasedSAU, "perturb")
     masked = 0
     for x, y in batches(3):
