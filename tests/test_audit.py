@@ -142,16 +142,13 @@ def test_a_perturbation_raises_the_asr_and_never_leaves_its_ball(nets):
     assert not torch.equal(other[0.1], found[0.1])
 
 
-def grey(n, target):
-    labels = torch.full((n,), target)
-    return Images(torch.full((n, 3, 4, 4), 128, dtype=torch.uint8), labels, 1 - labels, labels.byte(), labels, 2)
-
-
 def test_the_perturbation_of_a_linear_network_is_the_exact_one():
     """The largest rise of w . D in the ball is at eps sign(w)."""
     w = torch.randn(48, generator=torch.Generator().manual_seed(0))
     w = 3 * w.sign() * (0.2 + w.abs())
-    ((_, delta),) = universal(Line(w).requires_grad_(False), grey(200, 1), [0.01], steps=20)
+    ones, grey = torch.ones(200, dtype=torch.long), torch.full((200, 3, 4, 4), 128, dtype=torch.uint8)
+    images = Images(grey, ones, 1 - ones, ones.byte(), ones, 2)
+    ((_, delta),) = universal(Line(w).requires_grad_(False), images, [0.01], steps=20)
     assert torch.equal(delta.flatten(), torch.tensor(0.01) * w.sign())
 
 

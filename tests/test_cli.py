@@ -103,11 +103,6 @@ def test_a_clean_network_is_defended_too(here, tmp_path):
     assert found["after"]["acc"] >= 0
 
 
-def shown(out: str, flag: str) -> str:
-    """The value in the help of a flag."""
-    return re.search(rf"^  --{flag} .*?\[([^][ ]*)\]\n", out, re.M | re.S)[1]
-
-
 @pytest.mark.parametrize(("argv", "expected"), [
     (("defense", "sau", "--recipe", "paper"), {"epochs": "100", "lr": "0.0001", "lr_scheduler": "constant"}),
     (("defense", "sau", "--result_file", "victim"), {"epochs": "10", "dataset": "digits", "ratio": "0.1"}),
@@ -117,7 +112,8 @@ def test_help_shows_what_would_run_here(argv, expected, victim, here, capsys):
     with pytest.raises(SystemExit) as left:
         here(*argv, "--device", "cpu", "--help")
     out = capsys.readouterr().out
-    assert left.value.code == 0 and {flag: shown(out, flag) for flag in expected} == expected
+    shown = {flag: re.search(rf"^  --{flag} .*?\[([^][ ]*)\]\n", out, re.M | re.S)[1] for flag in expected}
+    assert left.value.code == 0 and shown == expected
 
 
 def test_the_list_has_everything_there_is(here):

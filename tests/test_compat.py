@@ -63,16 +63,11 @@ def cifar10(real_data: Path) -> tuple[Images, Images]:
     return load("cifar10", real_data)
 
 
-def swap(folder: Path, other: str, place: Path) -> Path:
-    """A copy of a folder in which `other` is the result file."""
-    shutil.copytree(folder, place)
-    (place / other).replace(place / RESULT)
-    return place
-
-
 @pytest.fixture(params=(RESULT, "attack_result_numpy1.pt"))
 def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> AttackResult:
-    return backdoorbench.read(swap(original, request.param, tmp_path / "theirs"))
+    place = Path(shutil.copytree(original, tmp_path / "theirs"))
+    (place / request.param).replace(place / RESULT)
+    return backdoorbench.read(place)
 
 
 def test_lists_of_a_real_folder(theirs, original, cifar10):

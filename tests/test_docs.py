@@ -28,10 +28,6 @@ def reference(monkeypatch):
     return importlib.import_module("reference")
 
 
-def names(table: str) -> set[str]:
-    return {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)}
-
-
 def test_the_api_has_every_parameter(reference):
     paths = reference.MARK.findall((DOCS / "api.md").read_text())
     shown = [(path, thing) for path in paths for _, thing in reference.named(path)]
@@ -39,7 +35,8 @@ def test_the_api_has_every_parameter(reference):
     assert methods | {Training, Grid, Block} <= {thing for _, thing in shown if reference.is_settings(thing)}
     assert {getattr(sau, name) for name in sau._MODULES} <= {thing for _, thing in shown}
     for path, thing in shown:
-        found, known = names(reference.described(thing)), {*inspect.signature(thing).parameters} - {"self"}
+        found = {*re.findall(r"^\| `(\w+)` \|", reference.described(thing), re.MULTILINE)}
+        known = {*inspect.signature(thing).parameters} - {"self"}
         if reference.is_settings(thing):
             assert found == {*options(thing)} and all(each.help for each in options(thing).values()), path
         else:

@@ -141,17 +141,12 @@ def test_the_last_notebook_purifies_a_folder(tmp_path, monkeypatch):
     assert before > 90 and after < 10
 
 
-def blocks() -> dict[str, str]:
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    return dict(re.findall(r"```python (\w+)\n(.*?)```", text, re.S))
-
-
 def test_the_examples_for_contributors_work(tmp_path: Path, monkeypatch):
     """An attack, a defense, a data set and a network, as CONTRIBUTING.md spells them, through one run of each."""
     modules = {}
     for known, name in ((SOURCES, "stripes"), (MODELS, "plain")):
         monkeypatch.setitem(known, name, None)  # so that what the examples register there goes at the end
-    for name, code in blocks().items():
+    for name, code in re.findall(r"```python (\w+)\n(.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.S):
         (tmp_path / f"example_{name}.py").write_text(code)
         spec = importlib.util.spec_from_file_location(f"example_{name}", tmp_path / f"example_{name}.py")
         assert spec is not None and spec.loader is not None

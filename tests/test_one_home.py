@@ -2,7 +2,6 @@
 
 import ast
 import sys
-from collections.abc import Iterator
 
 import pytest
 from toys import REPOSITORY
@@ -12,9 +11,7 @@ from sau.defense import DEFENSES
 
 METHODS = {"attack": ATTACKS, "defense": DEFENSES}
 PACKAGE = REPOSITORY / "sau"
-FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in FILES}
-NAMES = list(TREES)
+TREES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_torch_loads_tensors_and_plain_values_only():
@@ -32,16 +29,11 @@ def test_the_scripts_of_a_folder_are_its_methods_and_the_same_bytes(kind):
     assert len(scripts[0].read_text().splitlines()) <= 12
 
 
-def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            yield node.name, node.end_lineno - node.lineno + 1
-
-
 def test_files_and_functions_stay_short():
-    long = [name for name in NAMES if len((PACKAGE / name).read_text().splitlines()) > 300]
-    long += [f"{name}: {function}" for name in NAMES for function, lines in functions(TREES[name]) if lines > 60]
+    long = [name for name in TREES if len((PACKAGE / name).read_text().splitlines()) > 300]
+    for name, tree in TREES.items():
+        functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        long += [f"{name}: {node.name}" for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
     assert long == []
 
 

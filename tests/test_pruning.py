@@ -41,26 +41,7 @@ def gone(network: nn.Module) -> int:
     return next(int((p == 0).sum()) for name, p in network.named_parameters() if name.endswith("features.1.weight"))
 
 
-Scores = dict[int, tuple[int, int]]
-USUAL: Scores = {0: (80, 90), 1: (79, 0), 3: (72, 90), 5: (71, 0), 10: (80, 0)}
-
-
-def outcome(scores: Scores, select: str) -> int:
-    """How many channels go of a tiny network; `select` may also be the oracle that does not look at the ASR."""
-    net, lines = tiny_net(), list[str]()
-
-    def judge(network: nn.Module, **images: Any) -> Score:
-        acc, asr = scores[gone(network)]
-        return Score(Proportion(acc, 100), None if images else Proportion(asr, 100))
-
-    held = (torch.zeros(4, 3, 16, 16), torch.arange(4)) if select == "defender" else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruning, "score", judge)
-        session, levels = RunContext(say=lines.append, judge=judge), [level(n) for n in (1, 3, 5, 10)]
-        taken = pruning.choose(net, levels, held, 0.1, session, by_asr=select == "oracle")
-    assert len(lines) == 1 and lines[0].startswith("warning") == (taken is None)
-    assert gone(net) == (taken.count if taken else 0)
-    return gone(net)
+USUAL = {0: (80, 90), 1: (79, 0), 3: (72, 90), 5: (71, 0), 10: (80, 0)}
 
 
 @pytest.mark.parametrize(("scores", "select", "expected"), [
@@ -75,8 +56,20 @@ def outcome(scores: Scores, select: str) -> int:
     # A level that empties a layer is never taken.
     ({n: (80, 90) for n in USUAL}, "defender", 5),
 ])  # fmt: skip
-def test_the_level_that_is_chosen(scores, select, expected):
-    assert outcome(scores, select) == expected
+def test_the_level_that_is_chosen(scores, select, expected, monkeypatch):
+    """By how many channels go of a tiny network; the blind oracle does not look at the ASR."""
+    net, lines = tiny_net(), list[str]()
+
+    def judge(network: nn.Module, **images: Any) -> Score:
+        acc, asr = scores[gone(network)]
+        return Score(Proportion(acc, 100), None if images else Proportion(asr, 100))
+
+    held = (torch.zeros(4, 3, 16, 16), torch.arange(4)) if select == "defender" else None
+    monkeypatch.setattr(pruning, "score", judge)
+    session, levels = RunContext(say=lines.append, judge=judge), [level(n) for n in (1, 3, 5, 10)]
+    taken = pruning.choose(net, levels, held, 0.1, session, by_asr=select == "oracle")
+    assert len(lines) == 1 and lines[0].startswith("warning") == (taken is None)
+    assert gone(net) == (taken.count if taken else 0) == expected
 
 
 @pytest.mark.parametrize("time_for", [2, 0])
