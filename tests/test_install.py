@@ -1,6 +1,5 @@
 """The wheel, alone in an empty environment: it works without the repository."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from toys import QUICK, REPOSITORY, environment
+from toys import QUICK, REPOSITORY, environment, summary
 
 import sau
 
@@ -74,7 +73,7 @@ def test_attack_and_defense_without_the_repository(python, tmp_path):
     done = run(python, "-m", "sau", "defense", "sau", "--result_file", "a", "--epochs", "1", *QUICK, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "143 clean images" in done.stdout  # 10 %, from the YAML of the defense
-    found = json.loads((tmp_path / "record/a/defense/sau/summary.json").read_text())
+    found = summary(tmp_path / "record/a/defense/sau")
     assert found["before"]["acc"] >= 0 and found["selection"] == "defender"
     assert os.listdir(tmp_path) == ["record"]
 

@@ -1,6 +1,5 @@
 """A network of one's own: weights from a file, clean images from a folder, no trigger."""
 
-import json
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from toys import QUICK, command, environment, refuses, stop_after, tiny_net, toy_images
+from toys import QUICK, command, environment, refuses, stop_after, summary, tiny_net, toy_images
 
 from sau.compat import weights
 from sau.data.images import Images
@@ -81,13 +80,13 @@ def test_any_layout_is_purified_and_comes_back_in_its_format(net, pictures, tmp_
     for other in found[1:]:
         assert all(torch.equal(other[name], tensor) for name, tensor in found[0].items())
     # The report claims what clean images can say.
-    summary = json.loads((tmp_path / "record" / "plain_ft" / "summary.json").read_text())
+    found = summary(tmp_path / "record" / "plain_ft")
     for when in ("before", "after"):
-        said, risk = summary[when], summary["risk"][when]
+        said, risk = found[when], found["risk"][when]
         assert said["asr"] is None and said["acc_count"][1] == 3  # one image of each class measures
         assert risk["r_adv"] >= risk["r_share"] and "r_bd" not in risk
-    assert summary["risk"]["before"]["r_adv"] == summary["risk"]["before"]["r_share"] and summary["der"] is None
-    assert {"before", "after", "typical", "doubts", "sizes"} == {*summary["findings"]["verdict"]}
+    assert found["risk"]["before"]["r_adv"] == found["risk"]["before"]["r_share"] and found["der"] is None
+    assert {"before", "after", "typical", "doubts", "sizes"} == {*found["findings"]["verdict"]}
 
 
 def test_the_page_of_a_purified_network_says_what_was_measured(net, pictures, tmp_path, here, refused):
@@ -95,13 +94,13 @@ def test_the_page_of_a_purified_network_says_what_was_measured(net, pictures, tm
     for name in ("mine", "known"):
         assert here(*flags(layouts(net, tmp_path)[2], pictures, "--save_folder_name", name))[0] == 0
     assert here("report", "record/mine", "--beside", "record/known", "--out", "page.html")[0] == 0
-    page, record = (tmp_path / "page.html").read_text(), tmp_path / "record" / "mine"
-    summary, parts = json.loads((record / "summary.json").read_text()), ("before", "after", "statistics_anew", "before")
+    page, found = (tmp_path / "page.html").read_text(), summary(tmp_path / "record" / "mine")
+    parts = ("before", "after", "statistics_anew", "before")
     cells = [[float(cell) for cell in re.findall(r"<td>([\d.]+) %", row)] for row in page.split("<tr>")]
-    assert [round(summary[part]["acc"], 1) for part in parts] in cells and "known, before" in page
-    rates = [(summary["risk"].get(part) or summary[part]["risk"])["r_share_sau"] for part in parts]
+    assert [round(found[part]["acc"], 1) for part in parts] in cells and "known, before" in page
+    rates = [(found["risk"].get(part) or found[part]["risk"])["r_share_sau"] for part in parts]
     assert [round(rate, 1) for rate in rates] in cells
-    assert {f"{size:.1f}" for size in summary["findings"]["verdict"]["sizes"].values() if size} <= {
+    assert {f"{size:.1f}" for size in found["findings"]["verdict"]["sizes"].values() if size} <= {
         *re.findall(r"[\d.]+", page)
     }
     assert "&lt;i&gt;red" in page and "<i>" not in page and "src=" not in page and "<script" not in page
