@@ -15,7 +15,7 @@ def scores(acc: float, asr: float | None, racc: float | None) -> dict[str, Any]:
 
 
 def attack(root: Path, name: str = "badnet", seed: int = 0, *, acc: float = 90.0, asr: float | None = 98.0,
-           folder: str | None = None, dataset: str = "cifar10", rows: int = 2, **settings: Any) -> Path:  # fmt: skip
+           folder: str | None = None, dataset: str = "cifar10", **settings: Any) -> Path:  # fmt: skip
     """A finished attack; `settings` are of the method."""
     data = {"dataset": dataset, "train": "1" * 64, "test": "2" * 64}
     method = {"attack": name, "pratio": 0.1, "attack_label_trans": "all2one", **settings}
@@ -24,40 +24,32 @@ def attack(root: Path, name: str = "badnet", seed: int = 0, *, acc: float = 90.0
     record.begin(config, {**method, **data, **NETWORK, "random_seed": seed}, False)
     record.update_config(method=method, data=data, model=NETWORK)
     figures = {"acc": acc, "asr": asr, "racc": 1.5}
-    _rows(
-        record,
-        [{"epoch": epoch, "loss": 1 / epoch, **figures, "seconds": 10.0 * epoch} for epoch in range(1, rows + 1)],
-    )
+    _rows(record, [{"epoch": epoch, "loss": 1 / epoch, **figures, "seconds": 10.0 * epoch} for epoch in (1, 2)])
     record.save_tensors("model", {"weight": torch.zeros(3)})
     record.finish({**scores(acc, asr, None if asr is None else 1.5), "seconds": 100.0, "peak_memory_mb": 1000.0})
     return record.path
 
 
 def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88.0, asr: float | None = 2.0,
-            der: float | None = 96.0, selection: str = "defender", rows: int = 2, risks: bool = False,
-            ratio: float = 0.05, index: str | None = None, dataset: str = "cifar10",
+            der: float | None = 96.0, selection: str = "defender", ratio: float = 0.05, dataset: str = "cifar10",
             **settings: Any) -> Path:  # fmt: skip
     """A finished defense of a folder."""
     digest = Record(attacked).check()["digest"] if (attacked / "config.yaml").is_file() else "0" * 64
     method = {"defense": name, "lr": 0.01, **settings}
     record = Record(attacked / "defense" / name)
-    config = {"run": {"ratio": ratio, "index": index}, "command": f"defense/{name}.py --result_file {attacked.name}"}
+    config = {"run": {"ratio": ratio, "index": None}, "command": f"defense/{name}.py --result_file {attacked.name}"}
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
     record.update_config(
         method=method, data={"dataset": dataset}, model=NETWORK, attacked=digest, clean_index=list(range(100))
     )
-    tracked = {"r_cl": 12.0, "r_bd": 60.0, "r_share": 70.0, "r_adv": 90.0, "type1": 50.0, "type2": 20.0, "type3": 10.0}
-    found = []
-    for epoch in range(1, rows + 1):
-        figures = {name: value / epoch for name, value in tracked.items()} if risks else {"type1": 900.0}
-        found.append({"epoch": epoch, "loss": 1 / epoch, "clean_loss": 0.5 / epoch, **figures, "seconds": 1.0 * epoch})
-    found[-1] |= {"acc": acc, "asr": asr, "racc": 80.0}
-    _rows(record, found)
+    first, last = (
+        {"epoch": epoch, "loss": 1 / epoch, "clean_loss": 0.5 / epoch, "type1": 900.0, "seconds": 1.0 * epoch}
+        for epoch in (1, 2)
+    )
+    _rows(record, [first, {**last, "acc": acc, "asr": asr, "racc": 80.0}])
     record.save_tensors("model", {"weight": torch.zeros(3)})
     before, after = scores(90.0, None if asr is None else 98.0, 1.5), scores(acc, asr, None if asr is None else 80.0)
     found = {"before": before, "after": after, "der": der, "selection": selection, "data": "clean"}
-    if risks:
-        found["risk"] = {"before": tracked, "after": {**tracked, "bound": {"r_bd": 2.0, "at_most": 72.0}}}
     record.finish({**found, "seconds": 50.0, "peak_memory_mb": 900.0})
     return record.path
 

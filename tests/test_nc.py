@@ -144,10 +144,9 @@ class Planted(nn.Module):
         return self.linear(x.flatten(1) - 0.5)
 
 
-def grey(n: int = 40) -> tuple[Tensor, Tensor]:
+def grey() -> tuple[Tensor, Tensor]:
     torch.manual_seed(7)
-    x = 0.5 + 0.05 * torch.randn(n, 1, 8, 8)
-    return x.clamp(0, 1), torch.arange(n) % 8
+    return (0.5 + 0.05 * torch.randn(40, 1, 8, 8)).clamp(0, 1), torch.arange(40) % 8
 
 
 def said(defense: NC, net: nn.Module, data: Any) -> tuple[nn.Module, list[str], dict[str, Any]]:

@@ -60,8 +60,8 @@ def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
     (record := Record(folder)).finish(record.summary())
 
 
-def states(path: Path, dataset_path: str | None = None) -> dict[str, str]:
-    return {check.name: check.state for check in verify(path, dataset_path)}
+def states(path: Path) -> dict[str, str]:
+    return {check.name: check.state for check in verify(path)}
 
 
 def test_a_right_record_is_verified(defended, script, monkeypatch):

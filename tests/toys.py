@@ -218,9 +218,9 @@ def pair(n: int = 20, dtype: torch.dtype = torch.float32, **how) -> tuple[Tensor
     return to_float(images.pixels).to(dtype), images.labels
 
 
-def triples(pixels: Tensor, labels: Tensor, **how) -> DataLoader:
+def triples(pixels: Tensor, labels: Tensor) -> DataLoader:
     """A loader of (x, y, something else), as many data sets have."""
-    return DataLoader(TensorDataset(pixels, labels, torch.arange(len(labels))), batch_size=8, **how)
+    return DataLoader(TensorDataset(pixels, labels, torch.arange(len(labels))), batch_size=8)
 
 
 @cache
