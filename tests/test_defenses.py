@@ -20,7 +20,7 @@ from torchvision.models import ResNet, VisionTransformer
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import make_layers
-from toys import Shaped, TinyNet, backdoored, pair, quiet, refuses, same_weights, tiny_net, toy_images, triples
+from toys import Shaped, TinyNet, backdoored, pair, quiet, refuses, said, same_weights, tiny_net, toy_images, triples
 
 from sau.attack import BadNet
 from sau.config import options
@@ -28,7 +28,7 @@ from sau.data.images import Augment, to_float
 from sau.defense import ANP, AT, CLP, D3, DEFENSES, EP, FP, FST, FT, FTSAM, NAD, NC, NPD, RNP, SAU, SAUSAM, anp
 from sau.errors import ConfigError, DataError, SauError, TrainingError
 from sau.evaluate import der, score
-from sau.loop import Limit, RunContext
+from sau.loop import Limit
 from sau.models import Normalized
 from sau.models.normalized import eval_mode
 
@@ -41,12 +41,6 @@ def purified(name: str) -> nn.Module:
     """What comes back where nothing is unusual; scores on the test sets are not asked for without `select=oracle`."""
     session = quiet(judge=lambda model: pytest.fail("a defense asked for scores on the test sets"))
     return ROWS[name].defense.purify(tiny_net(), pair(), session=session)
-
-
-def lines_of(defense: Any, net: nn.Module, data: Any) -> list[str]:
-    said: list[str] = []
-    defense.purify(net, data, session=RunContext(say=said.append))
-    return said
 
 
 # The catalogue
@@ -473,14 +467,14 @@ CONVOLUTIONS = {
 def test_a_defense_repairs_a_network_or_says_what_it_lacks(defense, network):
     defense = replace(defense, target_layer_name=CONVOLUTIONS[network]) if isinstance(defense, NPD) else defense
     torch.manual_seed(0)
-    net, lines = OTHERS[network]().eval(), list[str]()
+    net = OTHERS[network]().eval()
     if (defense.name, network) == ("i-bau", "mobile"):
         pytest.skip("torch cannot differentiate hardsigmoid twice")
     if word := REFUSED.get(defense.name, {}).get(network):
         with refuses(ConfigError, word):
             defense.purify(net, pair(), session=quiet())
         return
-    fixed = defense.purify(net, pair(), session=RunContext(say=lines.append))
+    fixed, lines, _ = said(defense, net, pair())
     assert fixed(pair()[0]).isfinite().all()
     assert not same_weights(fixed, net) or any("nothing is pruned" in line for line in lines)
 
@@ -527,8 +521,8 @@ def test_a_loader_in_class_order_is_warned_of():
     (x, y), order = pair(24), pair(24)[1].argsort(stable=True)
     mixed = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     for at, size, warned in ((order, 3, 1), (order.flip(0), 3, 1), (order, 24, 0), (mixed, 3, 0), (order[:12], 3, 0)):
-        said = lines_of(FT(epochs=0), tiny_net(), [(x[i], y[i]) for i in at.split(size)])
-        assert sum("class by class" in line for line in said) == warned
+        _, lines, _ = said(FT(epochs=0), tiny_net(), [(x[i], y[i]) for i in at.split(size)])
+        assert sum("class by class" in line for line in lines) == warned
 
 
 def test_the_share_of_clean_images_is_said_and_a_low_one_warned_of():
@@ -537,11 +531,11 @@ def test_the_share_of_clean_images_is_said_and_a_low_one_warned_of():
     y = net(x).argmax(1)
     for wrong, warned in ((0, 0), (20, 0), (150, 1)):
         labels = torch.where(torch.arange(200) < wrong, (y + 1) % 4, y)
-        said, right = lines_of(FT(epochs=0), net, (x, labels)), 200 - wrong
-        assert f"the network classifies {right} of 200 clean images correctly ({right / 2:.1f} %)" in said
-        assert sum("check mean and std" in line for line in said) == warned
+        (_, lines, _), right = said(FT(epochs=0), net, (x, labels)), 200 - wrong
+        assert f"the network classifies {right} of 200 clean images correctly ({right / 2:.1f} %)" in lines
+        assert sum("check mean and std" in line for line in lines) == warned
     poisoned = BadNet(pratio=0.2).poison_train(toy_images(40), 0)
-    assert any("of 40 poisoned images correctly" in line for line in lines_of(EP(), net, poisoned))
+    assert any("of 40 poisoned images correctly" in line for line in said(EP(), net, poisoned)[1])
 
 
 @pytest.mark.parametrize("name", ["clp", "bnp", "ep"])
@@ -553,9 +547,8 @@ def test_methods_without_a_loss_take_probabilities(name):
 def test_a_network_that_is_harmed_is_told():
     victim, images, _, _ = backdoored()
     for rate, harmed in ((0.5, True), (1e-5, False)):
-        said = lines_of(FT(epochs=2, lr=rate, lr_scheduler="constant"), victim, images)
-        told = [line for line in said if "accuracy on the clean images fell" in line]
-        assert len(told) == harmed
+        _, lines, _ = said(FT(epochs=2, lr=rate, lr_scheduler="constant"), victim, images)
+        assert sum("accuracy on the clean images fell" in line for line in lines) == harmed
 
 
 # The claims, on a toy. The paper's settings do not move a network this small; a larger step and ball do.

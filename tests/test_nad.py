@@ -5,12 +5,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import pair, quiet, refuses, same_weights, tiny_net
+from toys import pair, quiet, refuses, said, same_weights, tiny_net
 
 from sau.defense import FT, NAD
 from sau.defense.nad import attention, attention_layers, features
 from sau.errors import RecordError
-from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18, unwrapped
 from sau.record.folder import Record
 
@@ -106,10 +105,8 @@ def test_a_teacher_is_read_from_a_file_or_a_folder(tmp_path):
     record.save_tensors("model", teacher.state_dict())
     record.finish({})
     for place in (record.path, record.path / "model.safetensors"):
-        said: list[str] = []
-        defense = NAD(epochs=1, teacher_model_loc=str(place), **SMALL)
-        fixed = defense.purify(tiny_net(), pair(), session=RunContext(say=said.append))
-        assert same_weights(fixed, whole) and not any(line.startswith("teacher") for line in said)
+        fixed, lines, _ = said(NAD(epochs=1, teacher_model_loc=str(place), **SMALL), tiny_net(), pair())
+        assert same_weights(fixed, whole) and not any(line.startswith("teacher") for line in lines)
 
 
 def test_a_teacher_that_is_none_is_refused(tmp_path):

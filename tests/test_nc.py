@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import pair, quiet, same_weights, tiny_net, toy_images, train_victim
+from toys import pair, quiet, said, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import BadNet
 from sau.defense import NC
 from sau.defense.nc import Patches, anomaly, unit
 from sau.evaluate import score
-from sau.loop import RunContext
 from sau.optim import adam
 
 
@@ -147,12 +146,6 @@ class Planted(nn.Module):
 def grey() -> tuple[Tensor, Tensor]:
     torch.manual_seed(7)
     return (0.5 + 0.05 * torch.randn(40, 1, 8, 8)).clamp(0, 1), torch.arange(40) % 8
-
-
-def said(defense: NC, net: nn.Module, data: Any) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    lines: list[str] = []
-    session = RunContext(say=lines.append)
-    return defense.purify(net, data, session=session), lines, session.findings
 
 
 @pytest.mark.parametrize(("planted", "how"), [

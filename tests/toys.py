@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sau.attack import Attack, Blended
 from sau.data.images import Images, to_float
+from sau.defense import Defense
 from sau.errors import SauError
 from sau.loop import RunContext
 from sau.optim import Training
@@ -204,6 +205,13 @@ def planted(share: float = 0.05) -> tuple[nn.Sequential, Tensor, tuple[Tensor, T
     pixels, labels = rest.pixels.float() / 255, rest.labels
     others = labels != 0
     return net, x, (pixels, labels), (red_corner(pixels[others]), torch.zeros_like(labels[others]), labels[others])
+
+
+def said(defense: Defense, net: nn.Module, data: Any) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """The purified network, the lines that were printed, and the findings."""
+    lines: list[str] = []
+    session = RunContext(say=lines.append)
+    return defense.purify(net, data, session=session), lines, session.findings
 
 
 def own_answers(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
