@@ -20,7 +20,7 @@ import yaml
 from hostile import KEYS, saved
 from PIL import Image
 from torch import nn
-from toys import QUICK, TinyNet, refuses, toy_images
+from toys import QUICK, TinyNet, coloured, refuses, toy_images
 
 from sau.compat import backdoorbench
 from sau.data import sources
@@ -488,18 +488,9 @@ def test_a_resnet_is_attacked_and_defended(here):
     assert "width" in here("attack", "badnet", *small, "--width", "8")[2]
 
 
-def own_images(root: Path) -> None:
-    for split, count in (("train", 12), ("test", 4)):
-        for number, colour in enumerate(("red", "green", "blue")):
-            folder = root / split / colour
-            folder.mkdir(parents=True)
-            for i in range(count):
-                shade = 20 * i + (10 if split == "test" else 0)  # no test image is a training image
-                Image.new("RGB", (20 + i, 24), (90 * number, shade, 90)).save(folder / f"{i}.png")
-
-
 def test_own_images_of_any_size(here, tmp_path):
-    own_images(tmp_path / "mine")
+    coloured(tmp_path / "mine" / "train", 12)
+    coloured(tmp_path / "mine" / "test", 4, first=12)  # no test image is a training image
     flags = ("--dataset", "folder", "--dataset_path", str(tmp_path / "mine"), "--img_size", "24", "--width", "4")
     status, out, err = here("attack", "badnet", *flags, "--epochs", "1", "--save_folder_name", "a", *QUICK)
     assert status == 0, err

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
-from toys import QUICK, command, environment, refuses, stop_after, summary, tiny_net, toy_images
+from toys import QUICK, coloured, command, environment, refuses, stop_after, summary, tiny_net, toy_images
 
 from sau.compat import weights
 from sau.data.images import Images
@@ -28,14 +27,7 @@ FAST = ("--epochs", "1", "--risk_steps", "2", "--risk_samples", "8", *QUICK)
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """Three classes of six images: red, green, blue."""
-    for label, name in enumerate(("blue", "green", "red")):
-        (tmp_path / "clean" / name).mkdir(parents=True)
-        for i in range(6):
-            colour = [30 + 5 * i] * 3
-            colour[2 - label] = 220 - i
-            Image.new("RGB", (SIDE, SIDE), tuple(colour)).save(tmp_path / "clean" / name / f"{i}.png")
-    return tmp_path / "clean"
+    return coloured(tmp_path / "clean", 6)
 
 
 @pytest.fixture

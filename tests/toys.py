@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,6 +60,17 @@ def toy_images(n: int = 80, *, classes: int = 4, size: int = 16, channels: int =
     noise = 0.05 * torch.randn(n, channels, size, size, generator=generator)
     pixels = ((stripes + noise).clamp(0, 1) * 255).to(torch.uint8)
     return Images.clean(pixels, labels, classes)
+
+
+def coloured(folder: Path, count: int, first: int = 0) -> Path:
+    """A folder of three classes, blue, green and red, with so many images each, of several widths and shades."""
+    for label, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir(parents=True)
+        for i in range(first, first + count):
+            colour = [30 + 5 * i] * 3
+            colour[2 - label] = 220 - i
+            Image.new("RGB", (16 + i, 16), tuple(colour)).save(folder / name / f"{i}.png")
+    return folder
 
 
 class TinyNet(nn.Module):
