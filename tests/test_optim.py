@@ -1,12 +1,12 @@
 """How weights move: every optimiser by its formula, every schedule by its rates."""
 
 import copy
-import io
 import math
 import typing
 
 import pytest
 import torch
+from checkpoints import Tape
 from torch import nn
 from toys import quiet, same_weights, tiny_net, toy_images
 
@@ -154,12 +154,11 @@ def test_descent_goes_on_from_its_state(schedule, optimizer):
     half = parameter()
     first = training.descent([half], 4)
     half_rates = epochs(half, first, 1)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    tape = Tape()
+    tape.save(first.state_dict())
     resumed = nn.Parameter(half.detach().clone())
     second = training.descent([resumed], 4)
-    second.load_state_dict(state)
+    second.load_state_dict(tape.load())
     half_rates += epochs(resumed, second, 2)
     assert torch.equal(resumed, weights) and half_rates == rates
 
