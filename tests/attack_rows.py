@@ -11,6 +11,8 @@ from toys import quiet, tiny_net, toy_images
 from sau.attack import BPP, DFBA, LC, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.adaptive import AdapBlend, AdapPatch
 from sau.attack.dfba import HiddenPath
+from sau.data.images import Images
+from sau.loop import RunContext
 from sau.models.triggers import Encoder, FixedCodeEncoder
 from sau.optim import Training
 
@@ -27,9 +29,12 @@ class Row:
     least: int = 12  # side of the smallest images it is tried on
 
 
-def ready(attack: Attack, seed: int = 0) -> Any:
-    """With its trigger, which most have from the start."""
-    return attack.fit_trigger(toy_images(20), tiny_net(), Training(), seed=seed, session=quiet())
+def ready(
+    attack: Attack, images: Images | None = None, lines: list[str] | None = None, seed: int = 0, **recipe: Any
+) -> Any:
+    """With its trigger, which most have from the start; `lines` are told what is said."""
+    session = quiet() if lines is None else RunContext(say=lines.append)
+    return attack.fit_trigger(images or toy_images(20), tiny_net(), Training(**recipe), seed=seed, session=session)
 
 
 ROWS = {

@@ -365,7 +365,7 @@ def test_a_patch_from_a_file_covers_only_what_is_not_black_and_outlives_its_file
     expected = images.pixels.clone()
     expected[:, :, 4, 7] = torch.tensor([200, 100, 1], dtype=torch.uint8)
     assert torch.equal(attack.poison(images, torch.arange(8)).pixels, expected)
-    kept = attack.fit_trigger(images, tiny_net(), Training(), session=quiet())
+    kept = ready(attack, images)
     (tmp_path / "patch.png").unlink()
     assert torch.equal(kept.poison(images, torch.arange(8)).pixels, expected)
     with pytest.raises(DataError, match="12, 20"):
@@ -593,7 +593,7 @@ def test_adap_patch_by_hand():
 @pytest.mark.parametrize(("attack", "side"), [(SSBA(), 12), (SSBA(), 24), (InputAware(), 12)])
 def test_images_that_a_trigger_network_cannot_halve_are_refused(attack, side):
     with pytest.raises(ConfigError, match=str(side)):
-        attack.fit_trigger(toy_images(8, size=side), tiny_net(), Training())
+        ready(attack, toy_images(8, size=side))
 
 
 RECIPE = Training(epochs=1, batch_size=8, lr=0.01)

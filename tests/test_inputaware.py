@@ -76,7 +76,7 @@ def test_it_works_on_a_toy_by_each_images_own_trigger():
     train, test = toy_images(300, size=16, seed=1), toy_images(200, size=16, seed=2)
     recipe, found = Training(epochs=10, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR"), []
     for seed in (0, 2, 3):
-        attack = ready(InputAware(clean_train_epochs=1, pratio=0.3), seed)
+        attack = ready(InputAware(clean_train_epochs=1, pratio=0.3), seed=seed)
         torch.manual_seed(seed)
         net = build("preactresnet18", 4, width=8, mean=(0.5,) * 3, std=(0.25,) * 3)
         attack.fit(net, attack.poison_train(train, 0), recipe, seed=seed, session=quiet())
@@ -169,7 +169,7 @@ def test_diversity_by_hand():
 @pytest.mark.parametrize("epochs", [1, 25])
 def test_a_recipe_without_joint_epochs_is_refused(epochs):
     with pytest.raises(ConfigError, match=f"epochs is {epochs}"):
-        InputAware().fit_trigger(toy_images(20), tiny_net(), Training(epochs=epochs), session=quiet())
+        ready(InputAware(), epochs=epochs)
 
 
 def test_schedules_move_with_the_epochs_by_the_classifiers_own_loss():

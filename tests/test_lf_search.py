@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attack_rows import ready
 from torch import nn
 from toys import Enough, Shaped, quiet, refuses, same_weights, stop_making, tiny_net, toy_images, train_victim
 
@@ -145,16 +146,13 @@ def coloured(n: int) -> Images:
     return Images.clean((colour.view(n, 3, 1, 1) + noise).to(torch.uint8), labels, 4)
 
 
-def fit(attack, images, lines=None, epochs=3):
-    recipe = Training(epochs=epochs, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR")
-    session = RunContext(say=(lambda text: None) if lines is None else lines.append)
-    return attack.fit_trigger(images, tiny_net(), recipe, session=session)
+RECIPE = {"epochs": 3, "batch_size": 20, "lr": 0.05, "lr_scheduler": "OneCycleLR"}
 
 
 def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     images, lines = coloured(200), []
     attack = LF(lf_optimise=True, lf_strength=0.5, lf_images=12, lf_passes=2, lf_deepfool_steps=30)
-    found = fit(attack, images, lines, epochs=20)
+    found = ready(attack, images, lines, **{**RECIPE, "epochs": 20})
     pattern = found.trigger.values
     assert pattern.shape == (3, 32, 32) and float(pattern.min()) == 0 and float(pattern.max()) == pytest.approx(0.5)
     energy = torch.fft.fft2(pattern.double()).abs().square()
@@ -165,7 +163,7 @@ def test_a_pattern_is_searched_once_and_is_smooth_and_faint(own_cache):
     x = to_float(images.pixels[:3])
     assert torch.allclose(found.stamp(x), (x + pattern).clamp(0, 1))
     lines.clear()
-    again = fit(attack, images, lines, epochs=20)
+    again = ready(attack, images, lines, **{**RECIPE, "epochs": 20})
     assert torch.equal(again.trigger.values, pattern) and again.trigger.figures == found.trigger.figures
     assert len(lines) == 2 and all("from the cache" in line for line in lines)
     with pytest.raises(DataError):
@@ -180,13 +178,13 @@ ENCODED = SSBA(ssba_epochs=3, ssba_batch_size=8, ssba_lr=1e-3)
 def test_an_interrupted_search_or_training_ends_with_the_same_bits(where, attack, own_cache, monkeypatch):
     monkeypatch.setattr(ssba, "READABLE", 0.0)
     images = coloured(16 if where == "ssba" else 120)
-    whole = fit(attack, images)
+    whole = ready(attack, images, **RECIPE)
     monkeypatch.setenv("SAU_CACHE", str(own_cache / "other"))
     stop_making(monkeypatch, where)
     with pytest.raises(Enough):
-        fit(attack, images)
+        ready(attack, images, **RECIPE)
     lines: list[str] = []
-    again = fit(attack, images, lines)
+    again = ready(attack, images, lines, **RECIPE)
     assert any("resuming after" in line for line in lines)
     assert same_weights(again.trigger, whole.trigger) and again.trigger.figures == whole.trigger.figures
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attack_rows import ready
 from torch import Tensor, nn
 from toys import pair, quiet, tiny_net, toy_images
 
@@ -53,7 +54,7 @@ def updates(
     """The losses of a few, of batches of two shapes."""
     images, lines = toy_images(sum(BATCHES)).to(where), list[str]()
     if isinstance(method, Attack):
-        method = method.fit_trigger(images, tiny_net(), Training(), session=RunContext(say=lines.append))
+        method = ready(method, images, lines)
     step = microbatched(method, prepared(method, where, amp, safe), lines)
     pairs = list(zip(to_float(images.pixels).split(BATCHES), images.labels.split(BATCHES), strict=True))
     return [float(step(x, y)["loss"].detach()) for x, y in pairs[:count]], step, lines
@@ -227,7 +228,7 @@ def test_a_refused_capture_is_one_line_and_the_update_before_it_counts_once(repl
 def test_what_is_random_is_drawn_anew_for_each_replay(attack, replays, monkeypatch):
     """Whole training, in which every batch is composed, and replayed updates see other images each time."""
     images, composed = toy_images(40), list[Tensor]()
-    made = attack.fit_trigger(images, tiny_net(), Training(), session=RunContext(say=print))
+    made = ready(attack, images)
     compose = type(made).compose
 
     def watched(self: Attack, state: dict[str, Any], x: Tensor, y: Tensor) -> Any:

@@ -7,22 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import tiny_net, toy_images
+from attack_rows import ready
+from toys import toy_images
 
 from sau.attack import SSBA, ssba
 from sau.data.images import BACKDOOR, quantise, to_float
 from sau.errors import ConfigError, DataError, TrainingError
-from sau.loop import RunContext
 from sau.models.triggers import Decoder, Encoder, psnr, stored
-from sau.optim import Training
 
 FAST = {"ssba_epochs": 12, "ssba_batch_size": 8, "ssba_lr": 1e-3}
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-def fit(attack, images=None, lines=None):
-    session = RunContext(say=(lambda text: None) if lines is None else lines.append)
-    return attack.fit_trigger(toy_images(16) if images is None else images, tiny_net(), Training(), session=session)
 
 
 @pytest.fixture
@@ -153,14 +147,14 @@ def test_the_decoder_learns_from_images_of_8_bits_and_the_encoder_through_them()
 
 def test_the_code_survives_the_clip_and_8_bits():
     """On images with many values at 0 and 1; the encoder that learned from floats lost it there, 78 % are left."""
-    attack = fit(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 55}), black_and_white(32))
+    attack = ready(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 55}), black_and_white(32))
     assert attack.trigger.figures["percent_of_bits_right"] > 95 and attack.trigger.figures["w"] == 10
 
 
 def test_training_makes_the_code_readable_and_the_image_recognisable():
     lines: list[str] = []
     images = toy_images(32)
-    attack = fit(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 30}), images, lines)
+    attack = ready(SSBA(ssba_residual=True, **{**FAST, "ssba_epochs": 30}), images, lines)
     first, last = (next(line for line in lines if f"epoch {n}/" in line) for n in (1, 30))
     assert float(re.search(r"bits_right ([\d.]+)", first)[1]) < 90 < attack.trigger.figures["percent_of_bits_right"]
     assert "bits_right" in last and attack.trigger.figures["w"] == 10 and not any("warning" in line for line in lines)
@@ -174,19 +168,19 @@ def test_training_makes_the_code_readable_and_the_image_recognisable():
 def test_the_encoder_is_trained_for_as_long_as_the_weight_needs(images, epochs, monkeypatch, unread):
     monkeypatch.setattr(ssba, "ENOUGH", 20)
     lines: list[str] = []
-    fit(SSBA(**{**FAST, "ssba_epochs": None}), toy_images(images), lines)
+    ready(SSBA(**{**FAST, "ssba_epochs": None}), toy_images(images), lines)
     assert [line for line in lines if f"encoder epoch {epochs}/{epochs} " in line]
 
 
 def test_an_encoder_whose_code_cannot_be_read_is_refused_and_not_kept(own_cache):
     with pytest.raises(TrainingError, match="--ssba_epochs"):
-        fit(SSBA(ssba_epochs=1, ssba_batch_size=16))
+        ready(SSBA(ssba_epochs=1, ssba_batch_size=16))
     assert not list(own_cache.glob("*.safetensors"))
 
 
 def test_a_code_begins_with_a_one_and_follows_from_its_seed(unread):
     given = ((0, 0.1), (0, 0.5), (1, 0.1))
-    made = [fit(SSBA(**FAST | {"ssba_epochs": 1}, ssba_bits=32, trigger_seed=seed, pratio=p)) for seed, p in given]
+    made = [ready(SSBA(**FAST | {"ssba_epochs": 1}, ssba_bits=32, trigger_seed=seed, pratio=p)) for seed, p in given]
     codes = [attack.trigger.code for attack in made]
     assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
     assert all(code.shape == (32,) and code[0] == 1 for code in codes)
@@ -215,7 +209,7 @@ def from_files(tmp_path):
 
 def test_images_of_files_replace_those_with_their_index(from_files, own_cache):
     attack, train, test = from_files(), toy_images(40), toy_images(24)
-    assert fit(attack, train) is attack and not own_cache.exists()  # nothing is trained
+    assert ready(attack, train) is attack and not own_cache.exists()  # nothing is trained
     poisoned, triggered = attack.poison_train(train, 0), attack.poison_test(test)
     hit = poisoned.role == BACKDOOR
     assert int(hit.sum()) == 12 and torch.equal(poisoned.pixels[~hit], train.pixels[~hit])
