@@ -9,6 +9,7 @@ import torch
 from toys import refuses, toy_images
 
 from sau.attack.in_batch import random_rotate
+from sau.data import readers
 from sau.data.batches import Augment, Batches, quantise, to_float
 from sau.data.images import Images
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
@@ -287,6 +288,16 @@ def test_a_record_is_read_beside_the_images_that_its_attack_saw(monkeypatch, tmp
                   {"triggered": moved}):  # fmt: skip
         with pytest.raises(RecordError, match="other digits images"):
             replace(found, **wrong).images()
+
+
+def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_path):
+    """A stranger's record may name any folder; what the user names is another matter."""
+    monkeypatch.setattr(readers, "_download", lambda root, official: (_ for _ in ()).throw(DataError("downloading")))
+    found = replace(VICTIM, path=tmp_path, dataset="cifar10", dataset_path=str(tmp_path))
+    with pytest.raises(DataError, match="give its --dataset_path"):
+        found.images()
+    with pytest.raises(DataError, match="downloading"):
+        replace(found).images(str(tmp_path))
 
 
 def test_a_defense_is_given_poisons_where_it_needs_them_and_there_are_any(tmp_path):

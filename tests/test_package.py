@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from toys import own_answers, tiny_net, toy_images
+from toys import own_answers, pair, tiny_net, toy_images
 
 import sau
 from sau import loop
 from sau.attack import BadNet
-from sau.data.images import to_float
 from sau.defense import FT
 from sau.optim import Training
 
@@ -37,7 +36,7 @@ def hidden(monkeypatch):
 
 
 def test_without_progress_only_warnings_are_printed(hidden, capsys):
-    x, y = own_answers(tiny_net(), to_float(toy_images(8).pixels))
+    x, y = own_answers(tiny_net(), pair(8)[0])
     FT(epochs=2).purify(tiny_net(), (x, y))
     assert capsys.readouterr().out and hidden == [None, None]  # as tqdm decides
     FT(epochs=2).purify(tiny_net(), (x, y), progress=False)

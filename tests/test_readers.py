@@ -8,7 +8,6 @@ import shutil
 import struct
 import urllib.error
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from sau.data.images import Images
 from sau.data.readers import cifar, class_folders, folder, gtsrb, image_folder, tiny
 from sau.data.sources import load, subset_note
 from sau.errors import DataError
-from sau.record.attack_result import AttackResult
 
 TINY, HEADER = "tiny-imagenet-200", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -309,17 +307,6 @@ def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp
     with pytest.raises(DataError, match="mistyped"):
         load("cifar10", tmp_path / "mistyped")
     assert len(calls) == 3
-
-
-def test_a_record_is_not_read_by_a_download_to_where_it_says(monkeypatch, tmp_path):
-    """A stranger's record may name any folder; what the user names is another matter."""
-    monkeypatch.setattr(readers, "_download", lambda root, official: (_ for _ in ()).throw(DataError("downloading")))
-    network = {"name": "preactresnet18", "classes": 10, "width": 4, "shape": [3, 32, 32], "mean": [0.5], "std": [0.5]}
-    found = AttackResult(tmp_path, network, {}, None, None, "cifar10", str(tmp_path), None, None, (None, None), "")
-    with pytest.raises(DataError, match="give its --dataset_path"):
-        found.images()
-    with pytest.raises(DataError, match="downloading"):
-        replace(found).images(str(tmp_path))
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
