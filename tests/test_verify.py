@@ -43,19 +43,10 @@ def copied(defended: Path, tmp_path: Path) -> Path:
 
 def change(folder: Path, file: str, how: Callable[[Any], Any]) -> None:
     """Change a file of a record and make every sum right again, as a forger does."""
-    place = folder / file
-    if file == CONFIG:
-        config = read_config(place)
-        how(config)
-        place.write_text(json.dumps(config))
-    elif file == SUMMARY:
-        content = json.loads(place.read_text())
-        how(content)
-        place.write_text(json.dumps(content))
-    else:
-        tensors = load_file(place)
-        how(tensors)
-        save_file(tensors, place)
+    place, tensors = folder / file, file.endswith(".safetensors")
+    content = load_file(place) if tensors else read_config(place) if file == CONFIG else json.loads(place.read_text())
+    how(content)
+    save_file(content, place) if tensors else place.write_text(json.dumps(content))
     (folder / MANIFEST).unlink()
     (record := Record(folder)).finish(record.summary())
 
