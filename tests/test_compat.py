@@ -31,7 +31,7 @@ from sau.evaluate import score
 from sau.models import MODELS, build
 from sau.record import attack_result
 from sau.record.attack_result import BACKDOORBENCH as RESULT
-from sau.record.attack_result import AttackResult, load_images
+from sau.record.attack_result import load_images
 from sau.record.folder import Record
 
 NET = "preactresnet18"
@@ -63,14 +63,11 @@ def cifar10(real_data: Path) -> tuple[Images, Images]:
     return load("cifar10", real_data)
 
 
-@pytest.fixture(params=(RESULT, "attack_result_numpy1.pt"))
-def theirs(request: pytest.FixtureRequest, original: Path, tmp_path: Path) -> AttackResult:
+@pytest.mark.parametrize("file", [RESULT, "attack_result_numpy1.pt"])
+def test_lists_of_a_real_folder(file, original, cifar10, tmp_path):
     place = Path(shutil.copytree(original, tmp_path / "theirs"))
-    (place / request.param).replace(place / RESULT)
-    return backdoorbench.read(place)
-
-
-def test_lists_of_a_real_folder(theirs, original, cifar10):
+    (place / file).replace(place / RESULT)
+    theirs = backdoorbench.read(place)
     expected = json.loads((original / "expected.json").read_text())
     wanted = {"name": NET, "classes": 10, "width": None, "shape": [3, 32, 32]}
     assert wanted.items() <= theirs.network.items() and theirs.dataset == "cifar10" and theirs.lengths == (600, 200)
@@ -131,7 +128,6 @@ def toy_content(make, tiny) -> Callable[[Path], dict[str, Any]]:
 
 
 def save(content: Any, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     torch.save(content, folder / RESULT)
     return folder
 

@@ -22,13 +22,9 @@ DOCS = REPOSITORY / "docs"
 PARTS = ("sphinx", "myst_nb", "furo", "sphinx_copybutton")
 
 
-@pytest.fixture
-def reference(monkeypatch):
+def test_the_api_has_every_parameter(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
-    return importlib.import_module("reference")
-
-
-def test_the_api_has_every_parameter(reference):
+    reference = importlib.import_module("reference")
     paths = reference.MARK.findall((DOCS / "api.md").read_text())
     shown = [(path, thing) for path in paths for _, thing in reference.named(path)]
     methods = {*DEFENSES.values(), *ATTACKS.values()} - {ATTACKS["prototype"]}  # which has none

@@ -30,11 +30,6 @@ SMALL = LF(lf_optimise=True, lf_images=20, lf_passes=4, lf_deepfool_steps=30)
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(scope="module")
-def clean() -> nn.Module:
-    return train_victim(Prototype(), toy_images(200, size=32)).requires_grad_(False)
-
-
 def linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
     """Logits W x + b of a flattened image."""
     layer = nn.Linear(*weight.T.shape)
@@ -101,7 +96,8 @@ def test_a_step_skips_what_needs_none():
     assert torch.equal(search.v, before)
 
 
-def test_a_step_moves_smooths_and_rescales(clean):
+def test_a_step_moves_smooths_and_rescales():
+    clean = train_victim(Prototype(), toy_images(200, size=32)).requires_grad_(False)
     images = toy_images(20, size=32, seed=3)
     x = to_float(images.pixels[images.labels == 1][:1])
     search = Progress(torch.Size((3, 32, 32)), torch.device("cpu"))

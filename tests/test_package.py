@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 from toys import own_answers, pair, tiny_net, toy_images
 
 import sau
@@ -27,15 +26,9 @@ def test_the_names_at_the_top_are_those_of_their_modules():
     assert {*declared} == {*homes}
 
 
-@pytest.fixture
-def hidden(monkeypatch):
-    """The `disable` of every progress bar."""
-    seen = []
-    monkeypatch.setattr(loop, "tqdm", lambda batches, *args, **given: seen.append(given["disable"]) or batches)
-    return seen
-
-
-def test_without_progress_only_warnings_are_printed(hidden, capsys):
+def test_without_progress_only_warnings_are_printed(monkeypatch, capsys):
+    hidden = []
+    monkeypatch.setattr(loop, "tqdm", lambda batches, *args, **given: hidden.append(given["disable"]) or batches)
     x, y = own_answers(tiny_net(), pair(8)[0])
     FT(epochs=2).purify(tiny_net(), (x, y))
     assert capsys.readouterr().out and hidden == [None, None]  # as tqdm decides

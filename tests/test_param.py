@@ -28,16 +28,12 @@ def scalar(option: Option) -> type:
     return parts[0] if parts else option.hint
 
 
-def as_typed(option: Option, value: float) -> Any:
-    number = scalar(option)(value)
-    return (number,) * max(1, len(option.default)) if isinstance(option.default, tuple) else number
-
-
 def at_bounds(option: Option, allowed: bool) -> list[Any]:
     """Values next to the bounds, or on them, that are allowed, or not."""
     step = 1 if scalar(option) is int else 1e-6
     off = {"ge": 0, "gt": step, "le": 0, "lt": -step} if allowed else {"ge": -step, "gt": 0, "le": step, "lt": 0}
-    return [as_typed(option, bound + off[name]) for name, bound in option.bounds.items()]
+    numbers = [scalar(option)(bound + off[name]) for name, bound in option.bounds.items()]
+    return [(n,) * max(1, len(option.default)) for n in numbers] if isinstance(option.default, tuple) else numbers
 
 
 @each_class

@@ -63,8 +63,6 @@ def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed():
     assert (refusal.value.param, refusal.value.got, refusal.value.allowed) == ("lr", -1, "above 0")
 
 
-SCRIPTS = REPOSITORY / "scripts"
-
 # scripts that compute, with arguments for which they find nothing to compute with
 COMPUTE = {
     "audit.py": ("--result_file", "nobody"),
@@ -73,7 +71,7 @@ COMPUTE = {
     "tables.py": ("radii", "nobody", "sau"),
     "verify.py": ("nobody",),
 }
-PROGRAMS = [path.name for path in sorted(SCRIPTS.glob("*.py")) if "__main__" in path.read_text()]
+PROGRAMS = [path.name for path in sorted((REPOSITORY / "scripts").glob("*.py")) if "__main__" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
