@@ -75,11 +75,6 @@ def touch(canary: Path) -> str:
     return f"touch {canary}"
 
 
-def getattr_chain(canary: Path) -> bytes:
-    module = b"cbuiltins\n__import__\n(" + text("os") + b"tR"
-    return in_zip(b"cbuiltins\ngetattr\n(" + module + text("system") + b"tR(" + text(touch(canary)) + b"tR")
-
-
 def false_dtype() -> bytes:
     """An int64 dtype that is told, after an array was made of it, that it holds Python objects."""
     kind = b"cnumpy\ndtype\n(" + text("i8") + b"\x89\x88tRq\x01"
@@ -88,14 +83,11 @@ def false_dtype() -> bytes:
     return in_zip(kind + array + state + b"h\x01(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb")
 
 
-def builtins_of_numpy(canary: Path) -> bytes:
-    item = b"coperator\ngetitem\n(cnumpy\n__builtins__\n" + text("eval") + b"tR"
-    return in_zip(item + b"(" + text(f"open({str(canary)!r}, 'w')") + b"tR")
-
-
 def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
     """Files that do harm to an ordinary reader, most by creating `canary`, and a word of their refusal."""
-    command = touch(canary)
+    command, opening = touch(canary), f"open({str(canary)!r}, 'w')"
+    chain = b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(" + text("os") + b"tR" + text("system") + b"tR("
+    item = b"coperator\ngetitem\n(cnumpy\n__builtins__\n" + text("eval") + b"tR("
     attribute = b"ctorch.serialization\nos.system\n(" + text(command) + b"tR"
     array = np.array([Call(os.system, command)], dtype=object)
     script = io.BytesIO()
@@ -104,8 +96,8 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), script)
     return {
         "os.system": (saved(Call(os.system, command)), "system"),
-        "eval": (saved(Call(eval, f"open({str(canary)!r}, 'w')")), "eval"),
-        "getattr chain": (getattr_chain(canary), "getattr"),
+        "eval": (saved(Call(eval, opening)), "eval"),
+        "getattr chain": (in_zip(chain + text(command) + b"tR"), "getattr"),
         "module attribute": (in_zip(attribute), "torch.serialization.os.system"),
         "object array": (saved({**dict.fromkeys(KEYS), "bd_test": array}), "posix.system"),
         "nested pickle": (saved(Call(pickle.loads, pickle.dumps(Call(os.system, command)))), "loads"),
@@ -116,7 +108,7 @@ def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
         "deflate bomb": (deflated(200), "declares more bytes than the file has"),
         "false dtype": (false_dtype(), "dtype"),
         "torch.utils": (saved(Call(run, command)), "torch.utils.collect_env.run"),
-        "builtins of numpy": (builtins_of_numpy(canary), "operator.getitem"),
+        "builtins of numpy": (in_zip(item + text(opening) + b"tR"), "operator.getitem"),
     }
 
 
