@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attack_rows import ROWS, each_dirty, each_fixed, each_in_batch, each_learner, each_poison, each_row, ready
 from checkpoints import Stopping, Tape
 from PIL import Image
-from toys import pair, quiet, refuses, same_weights, tiny_net, toy_images, train_victim
+from toys import Shaped, pair, quiet, refuses, same_weights, tiny_net, toy_images, train_victim
 
 from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet, in_batch
 from sau.attack.adaptive import AdapBlend, AdapPatch, patches
@@ -599,15 +599,11 @@ def test_images_that_a_trigger_network_cannot_halve_are_refused(attack, side):
 RECIPE = Training(epochs=1, batch_size=8, lr=0.01)
 
 
-class Heads(torch.nn.Module):
+class Heads(Shaped):
     """Auxiliary logits while it learns, as GoogLeNet has."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = tiny_net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return (self.net(x), self.net(x)) if self.training else self.net(x)
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x) if self.training else self.net(x)
 
 
 FLAT = torch.nn.Flatten()
@@ -615,7 +611,7 @@ UNFIT = {
     "frozen": (tiny_net().requires_grad_(False), ConfigError),
     "too few classes": (tiny_net(3), DataError),
     "64 bits": (tiny_net().double(), DataError),
-    "several heads": (Heads(), DataError),
+    "several heads": (Heads(lambda z: (z, z)), DataError),
     "a lazy layer": (torch.nn.Sequential(FLAT, torch.nn.LazyLinear(4)), ConfigError),
     "a softmax": (torch.nn.Sequential(tiny_net(), torch.nn.Softmax(1)), ConfigError),
 }

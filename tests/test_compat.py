@@ -459,20 +459,17 @@ def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
     assert content["bd_test"]["save_folder_path"] == "./record/victim/bd_test_dataset"
 
 
-# name, side of the images, classes, entries of the state dict and last of them, enlarged or not
-NETWORKS = [
-    ("resnet18", 32, 7, 122, "fc.bias", False),
-    ("googlenet", 32, 10, 344, "fc.bias", False),
-    ("vit_b_32", 32, 10, 152, "1.heads.head.bias", True),
-]
-
-
-@pytest.mark.parametrize(("name", "side", "classes", "entries", "last", "enlarged"), NETWORKS)
-def test_torchvisions_classifiers_fit_the_data(name, side, classes, entries, last, enlarged):
-    model = build(name, classes, shape=(3, side, side), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
+@pytest.mark.parametrize(("name", "classes", "entries", "last", "enlarged"), [
+    ("resnet18", 7, 122, "fc.bias", False),
+    ("googlenet", 10, 344, "fc.bias", False),
+    ("vit_b_32", 10, 152, "1.heads.head.bias", True),
+])  # fmt: skip
+def test_torchvisions_classifiers_fit_the_data(name, classes, entries, last, enlarged):
+    """Entries of the state dict, and the last of them."""
+    model = build(name, classes, shape=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     keys = list(model.net.state_dict())
     assert (len(keys), keys[-1]) == (entries, last)
-    assert model(torch.rand(2, 3, side, side)).shape == (2, classes)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, classes)
     assert isinstance(next(iter(model.net.children())), nn.Upsample) is enlarged and name not in MODELS
 
 

@@ -1,5 +1,6 @@
 """Figures: what they show is what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -65,18 +66,12 @@ def test_a_saved_figure_is_closed_undated_and_replaces_a_link(tmp_path):
     assert not plt.fignum_exists(figure.number) and "<dc:date>" not in (tmp_path / "x.svg").read_text()
 
 
-def stamped(test: Images, places: torch.Tensor) -> Images:
-    """Triggered versions of test images, towards class 1."""
-    chosen = test[places]
-    pixels = chosen.pixels.clone()
-    pixels[..., :2, :2] = 255
-    return Images(pixels, torch.ones_like(chosen.labels), chosen.labels, chosen.role, places, test.num_classes)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_stand_above_their_triggered_versions(channels):
     test = toy_images(12, channels=channels)
-    axes = images(test, stamped(test, torch.arange(6, 12)), columns=6).axes
+    triggered = replace(test[torch.arange(6, 12)], labels=torch.ones(6, dtype=torch.long))
+    triggered.pixels[..., :2, :2] = 255
+    axes = images(test, triggered, columns=6).axes
     for column in range(6):
         shown = torch.from_numpy(axes[column].get_images()[0].get_array().data)
         assert torch.equal(shown, to_float(test.pixels[6 + column]).expand(3, -1, -1).permute(1, 2, 0))
