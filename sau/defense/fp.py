@@ -7,7 +7,7 @@ it minimises CE(h(x), y) over the weights that are left: those of a pruned unit 
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sau.errors import ConfigError
 from sau.evaluate import predict
 from sau.loop import RunContext
 from sau.models.normalized import classifier, forward_hooks, require_plain_weight
-from sau.types import Batched, Labels, Pixels
+from sau.types import Batched, Pixels
 
 Unit = Literal["linear_input", "last_conv"]
 
@@ -30,6 +30,7 @@ class FP(TrainingDefense):
 
     name = "fp"
     compiles = True
+    graph_safe = False  # Python prunes after every update
     ignored = dict.fromkeys(
         ("num_classes", "input_height", "input_width", "input_channel", "attack", "poison_rate", "target_type")
         + ("target_label", "trigger_type"),
@@ -60,16 +61,9 @@ class FP(TrainingDefense):
             chosen = pruning.choose(model, levels, held, self.acc_ratio, session, by_asr=False)
             pruned.copy_(chosen.pruned[name] if chosen else rank < 0)
         level = pruning.PruningLevel(self.unit, {name: pruned})
-        state = {**self.prepare(model, batches), "level": level, "pruned": nn.ParameterList([pruned])}
+        state = {**self.prepare(model, batches), "pruned": nn.ParameterList([pruned])}
+        state["descent"].optimizer.register_step_post_hook(lambda *_: level.prune(model))  # it moves them too
         self.train(state, batches, session)
-
-    def supports_microbatch(self) -> bool:
-        return True
-
-    def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
-        report = super().step(state, x, y)
-        state["level"].prune(state["model"])
-        return report
 
 
 def unit_layers(model: nn.Module, x: Pixels, unit: Unit) -> list[nn.Module]:
