@@ -133,7 +133,7 @@ def held_losses(z: Logits, answer: Labels, target: Labels) -> tuple[Scalar, Scal
 
 def insert_polarizer(model: nn.Module, name: str) -> nn.Sequential:
     """Put a new polarizer, the identity in front of a fresh batch norm, before the convolution `name` of `model`."""
-    layer, modules = model.get_submodule(name), list(model.modules())
+    layer = model.get_submodule(name)
     if not isinstance(layer, nn.Conv2d):
         raise ConfigError(f"{name} is a {type(layer).__name__}; a polarizer goes before a convolution (Conv2d)")
     place, width = layer.weight, layer.in_channels
@@ -141,10 +141,9 @@ def insert_polarizer(model: nn.Module, name: str) -> nn.Sequential:
     nn.init.dirac_(polarizer.weight)
     parts = OrderedDict[str, nn.Module](polarizer=polarizer, norm=nn.BatchNorm2d(width), layer=layer)
     inside = nn.Sequential(parts).to(place.device, place.dtype).train(layer.training)
-    for parent in modules:
-        for child, module in list(parent._modules.items()):  # a layer may have several names
-            if module is layer:
-                setattr(parent, child, inside)
+    names = [full for full, module in model.named_modules(remove_duplicate=False) if module is layer]
+    for full in names:  # a layer may have several
+        model.set_submodule(full, inside)
     return inside
 
 
