@@ -122,8 +122,7 @@ def prune_fixed(model: nn.Module, level: PruningLevel, session: RunContext, figu
 
 def affine_norms(model: nn.Module, *, running: bool = False) -> Norms:
     """The batch norms of `model` with scales and shifts (and `running` statistics)."""
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
-    norms = {name: norm for name, norm in norms.items() if norm.affine and norm.bias is not None}
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, NORMS) and norm.bias is not None}
     return {name: norm for name, norm in norms.items() if not running or norm.running_var is not None}
 
 
