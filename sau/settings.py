@@ -15,11 +15,9 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
-from torch import nn
 
 from sau.config import Option, Setting, load_yaml, nearest, once, options, settings_of, split_hint, values, written
 from sau.data.sources import SOURCES
-from sau.defense.base import Defense
 from sau.device import choose_device
 from sau.errors import ConfigError
 from sau.optim import Method, Training
@@ -258,8 +256,3 @@ class Settings:
     def ignore(self, names: Iterable[str], reason: str) -> None:
         """Remember which of these flags, that are for another kind of command, the user gave."""
         self.ignored.update(dict.fromkeys((name for name in names if name in self.asked), reason))
-
-    def adapted(self, method: Defense, model: nn.Module, images: int) -> Defense:
-        """`method` as the clean set asks for it (`Defense.adapted`), unless the user has set what follows from it."""
-        adapted = method.adapted(model, images)
-        return method if self.asked & method.changes(adapted) else adapted

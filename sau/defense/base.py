@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -80,11 +80,13 @@ class Defense(Method, ABC):
         lengths = {name: math.ceil(published[name] * grow) for name in self.lengths}
         return replace(self, **{**settings, **lengths, "batch_size": size})
 
-    def changes(self, adapted: "Defense") -> set[str]:
-        """The settings that `adapted` changes; with those of every update, which belong together."""
-        ours, theirs = self.params(), adapted.params()
-        changed = {name for name in ours if ours[name] != theirs[name]}
-        return changed and changed | ({"batch_size", "lr", "lr_scheduler", "client_optimizer"} & ours.keys())
+    def fitted(self, given: Set[str], model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
+        """`adapted`, unless one of the `given` settings is one that it changes or one of every update: they belong
+        together."""
+        adapted, ours = self.adapted(model, images, per_epoch), self.params()
+        changed = {name for name, value in adapted.params().items() if value != ours[name]}
+        updates = {"batch_size", "lr", "lr_scheduler", "client_optimizer"} & ours.keys()
+        return self if given & (changed | updates) else adapted
 
     def plan(self, images: int, batches: Batched) -> str:
         """The first line: how many images there are, and how long and how fast it trains."""
@@ -144,10 +146,8 @@ class Defense(Method, ABC):
                 right, images = checks.check_before(self, owned, batches, session)
             attacked = checks.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
-            method = self if settings == "as_given" else self.adapted(owned, images, per_epoch)
-            defaults = {field.name: field.default for field in fields(self)}
-            if any(self.params()[name] != defaults[name] for name in self.changes(method)):
-                method = self
+            given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+            method = self if settings == "as_given" else self.fitted(given, owned, images, per_epoch)
             batches.size = method.batch_size
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches))
