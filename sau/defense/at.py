@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import param
-from sau.defense.base import AdversarialTraining, TrainingDefense
+from sau.defense.base import AdversarialTraining
 from sau.graphs import fixed_norms, search_twin
 from sau.pgd import pgd
 from sau.types import Batched, Change, Labels, Pixels
 
 
-class AT(AdversarialTraining, TrainingDefense):
+class AT(AdversarialTraining):
     """Train on clean images and their adversarial examples.
 
     The usual robust training is

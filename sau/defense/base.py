@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -207,15 +207,14 @@ class TrainingDefense(Training, Defense):
         loop.run(step, batches, self.epochs, state=kept, end_epoch=end_epoch, session=session, label="round")
 
 
-class AdversarialTraining(Training):
+class AdversarialTraining(TrainingDefense):
     """Settings of a defense that trains on perturbed images x + e, e found by sign steps in a ball S: SAU and AT."""
 
-    gradients: ClassVar[Gradients] = "images"
-    few_suffice: ClassVar[bool] = True
-    compiles: ClassVar[bool] = True
+    gradients = "images"
+    few_suffice = True
+    compiles = True
 
     epochs: int = param(100, aliases=("n_rounds",))
-    batch_size: int = 256
     lr: float = 1e-4
     lr_scheduler: Schedule | None = "constant"
     client_optimizer: Optimizer = "adam"
@@ -232,7 +231,7 @@ class AdversarialTraining(Training):
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Any:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
         """For another network or fewer than 2,000 images: 250 updates in batches of at least 32, at a rate that follows
         from the weights and falls to 0 (OneCycleLR); few images are augmented. The published 1,000 updates at 1e-4
         leave the backdoors of small networks in place."""
