@@ -43,7 +43,7 @@ from sau.report.tables import comparable, markdown, mean_row, paired_comparisons
 from sau.tools import Parser, add_device
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
-CASE = ("data", "network", "attack", "clean")
+CASE, HALF = ("data", "network", "attack", "clean"), 50.0  # percent: the ASR of an attack that took at all
 Rows = list[dict[str, Any]]
 Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisoning ratio -> (ACC, ASR) of each seed
 
@@ -280,7 +280,8 @@ def _mean_scores(scores: list[tuple[float, float]] | None) -> str:
 def own(args: argparse.Namespace) -> None:
     """Print a table of networks of other kinds for each data set, and a line for each of its defenses."""
     rows = [json.loads(line) for line in files.read(args.rows).decode().splitlines()]
-    for (data,), these in _grouped(rows, "data").items():
+    for (data,), every in _grouped(rows, "data").items():
+        these = [row for row in every if row["asr_before"] > HALF]
         by_defense, by_cell = _grouped(these, "defense"), _grouped(these, *CASE, "defense")
         body = []
         for case, some in _grouped(these, *CASE).items():
@@ -291,6 +292,8 @@ def own(args: argparse.Namespace) -> None:
             lost = [row["acc_before"] - row["acc_after"] for row in all_of_it]
             more = f"ACC lost {statistics.mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)}"
             print(f"{data} {defense}: {_after(all_of_it)}; {more}")
+        for case, some in _grouped([row for row in every if row not in these], *CASE).items():
+            print(f"{' '.join(case)}: did not take, {_means(some, 'acc_before', 'asr_before')} before")
         print()
 
 

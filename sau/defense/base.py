@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -231,7 +231,7 @@ class AdversarialTraining(TrainingDefense):
         for name in ("eps", "adv_lr"):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Any:
         """For another network or fewer than 2,000 images: 250 updates in batches of at least 32, at a rate that follows
         from the weights and falls to 0 (OneCycleLR); few images are augmented. The published 1,000 updates at 1e-4
         leave the backdoors of small networks in place."""

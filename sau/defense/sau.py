@@ -15,7 +15,7 @@ not in the paper: some x + e are x under a patch that is the same for all images
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import AdversarialTraining, is_published
+from sau.defense.base import AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
@@ -82,10 +82,10 @@ class SAU(AdversarialTraining):
         "moved", "moved (as released): s must also differ from h_b's answer to the clean image; wrong: it need not"
     )
 
-    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Self:
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """On other networks also: most images get a patch, and twice as many updates half the rate; with batch
         norm the search starts at random, in smaller steps."""
-        found = super().adapted(model, images, per_epoch)
+        found: SAU = super().adapted(model, images, per_epoch)
         if is_published(model):
             return found
         changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
