@@ -18,6 +18,7 @@ from sau.errors import ConfigError
 from sau.evaluate import predict
 
 CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 MAX_THREADS = 1024
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # what glibc's malloc.h calls these settings
 
@@ -92,11 +93,15 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that new tensors may take: of the device on CUDA, elsewhere of the machine (infinity but on Linux)."""
+    """Bytes that new tensors may take: of the device on CUDA, elsewhere of the machine, and no more than its container
+    may have (infinity but on Linux)."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + held)
-    with suppress(OSError):
+    free = math.inf
+    with suppress(OSError, KeyError):
         figures = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
-        return 2**10 * float(figures["MemAvailable"].split()[0])
-    return math.inf
+        free = 2**10 * float(figures["MemAvailable"].split()[0])
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        free = min(free, float(MEMORY_LIMIT.read_text()))
+    return free

@@ -152,19 +152,30 @@ def test_an_update_takes_about_the_memory_that_was_forecast():
 class Blocks(nn.Module):
     """Layers that can be checkpointed as timm's can."""
 
-    def __init__(self) -> None:
+    def __init__(self, grad_checkpointing: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.grad_checkpointing = grad_checkpointing
         self.blocks = nn.Sequential(
             nn.Flatten(), *[layer for _ in range(8) for layer in (nn.Linear(768, 768), nn.GELU())]
         )
-        self.head, self.checkpoints = nn.Linear(768, 4), False
+        self.head = nn.Linear(768, 4)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.checkpoints = enable
+        self.grad_checkpointing = enable
 
     def forward(self, x):
-        return self.head(checkpoint(self.blocks, x, use_reentrant=False) if self.checkpoints else self.blocks(x))
+        return self.head(checkpoint(self.blocks, x, use_reentrant=False) if self.grad_checkpointing else self.blocks(x))
+
+
+class Unsupported(nn.Linear):
+    """A network whose library refuses."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"
 
 
 def test_where_memory_is_short_activations_are_computed_twice_or_a_warning_says_so(monkeypatch):
@@ -176,7 +187,8 @@ def test_where_memory_is_short_activations_are_computed_twice_or_a_warning_says_
     monkeypatch.setattr(checks, "free_memory", lambda device: weights + 5 * kept)
     result = TUNE.purify(Blocks(), (x, y), session=RunContext(say=said.append))
     assert "activation checkpointing" in " ".join(said) and "memory:" not in " ".join(said)
-    assert same_weights(result, plain) and not result.checkpoints
+    assert same_weights(result, plain) and not result.grad_checkpointing
+    assert not any(map(checks.checkpointed, (Unsupported(), Blocks(grad_checkpointing=True))))
     monkeypatch.setattr(checks, "free_memory", lambda device: 1.0)
     TUNE.purify(tiny_net(), (x, y), session=RunContext(say=said.append))
     assert any(line.startswith("warning: memory: an update on 8 images takes about 0.0 GB") for line in said)

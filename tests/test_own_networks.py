@@ -95,7 +95,7 @@ TIMM: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {  # small,
     ),
 }
 ATTACKS = {"badnet": BadNet, "blended": Blended}
-POISONS = {**ATTACKS, "wanet": partial(WaNet, s=1.0)}  # in 12 epochs half the strength is not learned
+POISONS = {**ATTACKS, "wanet": partial(WaNet, s=1.0)}  # twice the default strength, for 12 epochs
 DATA = {"digits": (16, 40), "cifar10": (32, 10), "timm": (32, 12)}  # size of images, epochs of the victim
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOW = {"resnet18": {"digits": [200], "cifar10": [500]}, "vit": {"digits": [200], "cifar10": [500]}}
@@ -149,7 +149,12 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
         awake = score(measure.relearn(after, few, seed=seed), test, triggered).asr
         figures["asr_relearned"] = awake.percent
     cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed, "defense": defense}
-    return {**cell, **figures, "warned": any(line.startswith("warning") for line in lines), **session.findings}
+    return {
+        **cell,
+        **figures,
+        "warned": any(line.startswith("warning") and "memory" not in line for line in lines),
+        **session.findings,
+    }
 
 
 VERDICT_STEPS = pgd.STEPS  # conftest.py shortens the verdict

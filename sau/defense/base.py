@@ -81,8 +81,8 @@ class Defense(Method, ABC):
         return replace(self, **{**settings, **lengths, "batch_size": size})
 
     def fitted(self, given: Set[str], model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
-        """`adapted`, unless one of the `given` settings is one that it changes or one of every update: they belong
-        together."""
+        """`adapted`; or these settings, if it changes one of those `given`, or one of every update was given: batch
+        size, rate, schedule, optimiser."""
         adapted, ours = self.adapted(model, images, per_epoch), self.params()
         changed = {name for name, value in adapted.params().items() if value != ours[name]}
         updates = {"batch_size", "lr", "lr_scheduler", "client_optimizer"} & ours.keys()
@@ -152,8 +152,8 @@ class Defense(Method, ABC):
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches))
             count = len(x) if per_epoch else min(method.batch_size, images)
-            twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
             with seeded(seed):
+                twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
             if attacked is not None:

@@ -89,20 +89,29 @@ def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
 
 def check_memory(model: nn.Module, x: Pixels, count: int, say: Callable[[str], None]) -> bool:
     """Before updates on `count` images like `x`: say what they take where that is much. Where it is more than is free,
-    warn, or have a network of timm or open_clip compute its activations twice; returns whether it does."""
+    warn, or have the network compute its activations twice; returns whether it does."""
     needed, free = update_bytes(model, x, count), free_memory(x.device)
-    net: Any = getattr(model, "net", model)
-    # Batch norm would count images twice in its statistics.
-    if twice := needed > free and hasattr(net, "set_grad_checkpointing") and not has_batch_norm(net):
-        net.set_grad_checkpointing()
+    if twice := needed > free and checkpointed(getattr(model, "net", model)):
         say("activations are computed twice (activation checkpointing), for memory would not hold them")
         needed = update_bytes(model, x, count)
     forecast = f"memory: an update on {count} images takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     if needed > free:
-        say(f"warning: {forecast}; give a smaller batch_size or input_size")
+        say(f"warning: {forecast}; give smaller batches or images")
     elif needed > LARGE:
         say(forecast)
     return twice
+
+
+def checkpointed(net: Any) -> bool:
+    """Turn activation checkpointing on in a network of timm or open_clip that supports it; returns whether it was
+    off. Batch norm would count images twice in its statistics."""
+    if has_batch_norm(net) or getattr(net, "grad_checkpointing", False):
+        return False
+    try:
+        net.set_grad_checkpointing()
+    except (AttributeError, AssertionError):  # of another library, or not supported
+        return False
+    return True
 
 
 def update_bytes(model: nn.Module, x: Pixels, count: int) -> float:
