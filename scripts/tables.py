@@ -292,7 +292,7 @@ def own(args: argparse.Namespace) -> None:
             lost = [row["acc_before"] - row["acc_after"] for row in all_of_it]
             more = f"ACC lost {statistics.mean(lost):.1f}, more than 5 in {sum(one > 5 for one in lost)}"
             print(f"{data} {defense}: {_after(all_of_it)}; {more}")
-        for case, some in _grouped([row for row in every if row not in these], *CASE).items():
+        for case, some in _grouped([row for row in every if row["asr_before"] <= HALF], *CASE).items():
             print(f"{' '.join(case)}: did not take, {_means(some, 'acc_before', 'asr_before')} before")
         print()
 

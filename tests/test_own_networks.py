@@ -131,30 +131,25 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
         VICTIMS[key] = poison.fit(
             net, poison.poison_train(train, seed).to(DEVICE), recipe, augment=augment, seed=seed, session=session
         )
-    victim, triggered = VICTIMS[key], poison.poison_test(test)
+    victim, triggered, test = VICTIMS[key], poison.poison_test(test).to(DEVICE), test.to(DEVICE)
     clean = clean_subset(train, ratio=count / len(train), seed=seed)
-    loader: Any = DataLoader(TensorDataset(to_float(clean.pixels), clean.labels), batch_size=32, shuffle=True)
+    pair = TensorDataset(to_float(clean.pixels), clean.labels)
+    given: Any = clean if data == "timm" else DataLoader(pair, batch_size=32, shuffle=True)
     lines.clear()
     session = RunContext(say=lines.append)
-    given = clean if data == "timm" else loader
     after = DEFENSES[defense]().purify(victim, given, augment=augment, session=session)
     figures, networks = dict[str, float](), {"before": victim, "after": after}
     for when, each in networks.items():
-        shares = score(each, test.to(DEVICE), triggered.to(DEVICE)).shares()
+        shares = score(each, test, triggered).shares()
         figures |= {f"{name}_{when}": share.percent for name, share in shares.items() if share}
     if data == "timm":  # re-learned from five triggered training images, as in an audit
         some = train[(train.labels != 0).nonzero().flatten()[:STAMPED]]
         poisons = poison.poison(some, torch.arange(len(some)))
         few = measure.mixture(train, poisons, 5, share=0.02, seed=seed, augment=augment)
-        awake = score(measure.relearn(after, few, seed=seed), test, triggered).asr
-        figures["asr_relearned"] = awake.percent
+        figures["asr_relearned"] = score(measure.relearn(after, few, seed=seed), test, triggered).asr.percent
     cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed, "defense": defense}
-    return {
-        **cell,
-        **figures,
-        "warned": any(line.startswith("warning") and "memory" not in line for line in lines),
-        **session.findings,
-    }
+    warned = any(line.startswith("warning") and "memory" not in line for line in lines)
+    return {**cell, **figures, "warned": warned, **session.findings}
 
 
 VERDICT_STEPS = pgd.STEPS  # conftest.py shortens the verdict

@@ -81,8 +81,8 @@ class Defense(Method, ABC):
         return replace(self, **{**settings, **lengths, "batch_size": size})
 
     def fitted(self, given: Set[str], model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
-        """`adapted`; or these settings, if it changes one of those `given`, or one of every update was given: batch
-        size, rate, schedule, optimiser."""
+        """`adapted`, unless the user gave a setting that it changes, or batch size, rate, schedule or optimiser: then
+        these settings stay. `given` are the names of what the user gave."""
         adapted, ours = self.adapted(model, images, per_epoch), self.params()
         changed = {name for name, value in adapted.params().items() if value != ours[name]}
         updates = {"batch_size", "lr", "lr_scheduler", "client_optimizer"} & ours.keys()

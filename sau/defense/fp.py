@@ -62,7 +62,8 @@ class FP(TrainingDefense):
             pruned.copy_(chosen.pruned[name] if chosen else rank < 0)
         level = pruning.PruningLevel(self.unit, {name: pruned})
         state = {**self.prepare(model, batches), "pruned": nn.ParameterList([pruned])}
-        state["descent"].optimizer.register_step_post_hook(lambda *_: level.prune(model))  # it moves them
+        # Every update moves the pruned weights, too.
+        state["descent"].optimizer.register_step_post_hook(lambda *_: level.prune(model))
         self.train(state, batches, session)
 
 
