@@ -18,7 +18,6 @@ from sau.errors import ConfigError
 from sau.evaluate import predict
 
 CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 MAX_THREADS = 1024
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # what glibc's malloc.h calls these settings
 
@@ -102,6 +101,12 @@ def free_memory(device: torch.device) -> float:
     with suppress(OSError, KeyError):
         figures = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
         free = 2**10 * float(figures["MemAvailable"].split()[0])
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        free = min(free, float(MEMORY_LIMIT.read_text()))
-    return free
+    return min(free, memory_limit())
+
+
+def memory_limit() -> float:
+    """Bytes that the control group (version 2) of this process may have, as in a container; infinity without one."""
+    with suppress(OSError, ValueError):  # no control groups, or "max"
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        return float(Path(f"/sys/fs/cgroup{group}/memory.max").read_text())
+    return math.inf

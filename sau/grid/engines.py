@@ -127,13 +127,11 @@ class Local:
         self.pool.shutdown(cancel_futures=True)
 
 
-def available_memory() -> int:
-    """Bytes of memory that this process may use: of the machine, or the limit of its control group (version 2)."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with suppress(OSError, ValueError):  # no control groups, or "max"
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-        limits.append(int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text()))
-    return min(limits)
+def available_memory() -> float:
+    """Bytes of memory that this process may use: of the machine, or the limit of its control group."""
+    from sau.device import memory_limit
+
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit())
 
 
 def check_cores(cores: int | None) -> int:
