@@ -131,7 +131,7 @@ def available_memory() -> float:
     """Bytes of memory that this process may use: of the machine, or the limit of its control group."""
     from sau.device import memory_limit
 
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit())
+    return min(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), memory_limit())
 
 
 def check_cores(cores: int | None) -> int:
