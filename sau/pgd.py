@@ -216,9 +216,8 @@ def logit(part: Tensor) -> Tensor:
 def patch_of_each_class(
     network: nn.Module, x: Pixels, y: Labels, size: Sequence[int] | None = None, tries: int = 1
 ) -> tuple[Tensor, Patches, Tensor]:
-    """Classes, and the smallest patches of each that lead 9 of 10 of a few images there, with |m|_1 in pixels; `tries`
-    of each class. Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
-    x, y = x[:FEW], y[:FEW]
+    """Classes, and the smallest patches of each that lead 9 of 10 images there, with |m|_1 in pixels; `tries` of each
+    class. Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
     classes = likely_classes(network, x, y)
     found = list[tuple[Patches, Tensor]]()
     for _ in range(tries):
@@ -251,7 +250,7 @@ class SharedPatches(nn.Module):
 
     def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
         super().__init__()
-        largest = LARGEST * x[0, 0].numel()
+        x, y, largest = x[:FEW], y[:FEW], LARGEST * x[0, 0].numel()
         classes, first, sizes = patch_of_each_class(network, x, y, tries=3)
         _, whole, values = patch_of_each_class(network, x, y, (1, 1), tries=3)
         self.first_masks, self.first_patterns = (nn.Buffer(part) for part in first)

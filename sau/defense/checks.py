@@ -31,7 +31,7 @@ from sau.types import Batched, Labels, Pixels
 HARM = 0.1  # of the clean images
 LARGE = 1e9  # bytes of an update that are worth a line
 SHUFFLED = 20  # images that chance does not sort by class
-MANY, HALF = 60, 0.5  # images of the verdict's second search, and the share that its patch must lead
+FEW, MANY, HALF = 40, 60, 0.5  # images of the verdict's two searches, and the share that the second patch must lead
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -205,7 +205,7 @@ def compare(
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     with seeded(1):
-        classes, (masks, patterns), sizes = patch_of_each_class(attacked, x, y)
+        classes, (masks, patterns), sizes = patch_of_each_class(attacked, x[:FEW], y[:FEW])
         one = sizes.argmin().view(1)
         _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
