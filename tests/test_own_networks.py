@@ -123,7 +123,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     recipe = Training(epochs=DATA[data][1], lr_scheduler="OneCycleLR", **recipe)
     net, lines = make(DATA[data][0]).to(DEVICE), []
     if data == "timm":
-        net = Normalized(net, source("cifar10").mean, source("cifar10").std, amp=has_bf16(DEVICE))
+        net = Normalized(net, source("cifar10").mean, source("cifar10").std, amp=has_bf16(DEVICE)).to(DEVICE)
     session = RunContext(say=lines.append)
     poison = poison.fit_trigger(train, net, recipe, seed=seed, session=session)
     if key not in VICTIMS:
