@@ -52,7 +52,8 @@ def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
     for net, start in ((nn.Sequential(plain, nn.BatchNorm2d(4)), "random"), (nn.Sequential(plain), "max")):
         assert ((found := SAU().adapted(net, 100)).patches, found.pgd_init) == (0.8, start)
-    assert SAU().adapted(PreActResNet18(10, 4), 100).patches == 0
+    few, many = (SAU().adapted(PreActResNet18(10, 4), count) for count in (100, 2500))
+    assert (few.patches, few.distill, many) == (0, 1, SAU())
 
 
 def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeypatch: pytest.MonkeyPatch) -> None:
