@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from toys import planted, quiet, tiny_net, toy_images
 
 from sau import pgd
-from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM
+from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM, checks
 from sau.defense.checks import compare, lines
 from sau.loop import RunContext
 from sau.models import PreActResNet18
@@ -51,9 +51,9 @@ def test_the_rate_follows_from_the_weights() -> None:
 def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
     for net, start in ((nn.Sequential(plain, nn.BatchNorm2d(4)), "random"), (nn.Sequential(plain), "max")):
-        assert ((found := SAU().adapted(net, 100)).patches, found.pgd_init) == (0.8, start)
-    few, many = (SAU().adapted(PreActResNet18(10, 4), count) for count in (100, 2500))
-    assert (few.patches, few.distill, many) == (0, 1, SAU())
+        assert ((found := SAU().adapted(net, 100)).patches, found.pgd_init, found.distill) == (0.8, start, 0)
+    few, enough = (SAU().adapted(PreActResNet18(10, 4), count) for count in (1999, 2000))
+    assert (few.patches, few.distill, enough) == (0, 1, SAU())
 
 
 def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +125,17 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     gone = compare(planted()[0], fixed, x, y, print)
     assert gone["after"] > 1.5 * kept["after"] and not gone["doubts"]
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
+
+
+@pytest.mark.parametrize(("given", "searched"), [(64, [40, 60]), (16, [16, 16])])
+def test_the_verdict_looks_at_few_images(given: int, searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    search = pgd.smallest_patches
+    for module in (pgd, checks):
+        keep = lambda networks, x, *more: (counts.append(len(x)), search(networks, x, *more))[1]  # noqa: E731
+        monkeypatch.setattr(module, "smallest_patches", keep)
+    compare(tiny_net(), tiny_net(), torch.rand(given, 3, 8, 8), torch.arange(given) % 4, print)
+    assert counts == searched
 
 
 def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:

@@ -149,7 +149,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
         figures["asr_relearned"] = score(measure.relearn(after, few, seed=seed), test, triggered).asr.percent
     cell = {"network": network, "attack": attack, "data": data, "clean": count, "seed": seed, "defense": defense}
     warned = any(line.startswith("warning") and "memory" not in line for line in lines)
-    return {**cell, **figures, "warned": warned, **session.findings}
+    return {**cell, "device": DEVICE.type, **figures, "warned": warned, **session.findings}
 
 
 VERDICT_STEPS = pgd.STEPS  # conftest.py shortens the verdict

@@ -191,9 +191,10 @@ def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest
     assert 0 < masked < 3 * BATCH  # otherwise the comparison would show nothing
 
 
-def test_a_share_of_the_label_is_the_softmax_of_the_attacked_network() -> None:
+@pytest.mark.parametrize("outer_steps", [1, 2])
+def test_a_share_of_the_label_is_the_softmax_of_the_attacked_network(outer_steps: int) -> None:
     x, y = next(iter(batches(1)))
-    method = SAU(distill=0.3)
+    method = SAU(distill=0.3, outer_steps=outer_steps)
     state = method.prepare(backdoored("conv"), range(4))
     with torch.no_grad():
         for weight in state["model"].parameters():

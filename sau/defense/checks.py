@@ -31,7 +31,7 @@ from sau.types import Batched, Labels, Pixels
 HARM = 0.1  # of the clean images
 LARGE = 1e9  # bytes of an update that are worth a line
 SHUFFLED = 20  # images that chance does not sort by class
-FEW, MANY, HALF = 40, 60, 0.5  # images of the verdict's two searches, and the share that the second patch must lead
+FEW, MANY, HALF = 40, 60, 0.5  # at most so many images in the verdict's searches; what the second patch must lead
 
 
 def has_batch_norm(model: nn.Module) -> bool:

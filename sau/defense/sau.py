@@ -10,7 +10,7 @@ An example is shared (type I) if both networks answer the same wrong class; the 
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released. Two things are
 not in the paper: `patches`, of which some x + e are x under a patch that is the same for all images, and `distill`, a
-share of h_b's softmax q(x) in the y of the clean loss (Hinton, Vinyals, Dean, 2015), which few images do not overfit.
+share of h_b's softmax q(x) in the y of the clean loss (Hinton, Vinyals, Dean, 2015), to keep ACC with few images.
 """
 
 import copy
