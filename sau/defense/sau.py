@@ -8,9 +8,8 @@ the code h is `model`, h_b `reference` and e `delta`:
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
-and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released. Two things are
-not in the paper: `patches`, of which some x + e are x under a patch that is the same for all images, and `distill`, a
-share of h_b's softmax q(x) in the y of the clean loss (Hinton, Vinyals, Dean, 2015), to keep ACC with few images.
+and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released. `patches` are
+not in the paper: some x + e are x under a patch that is the same for all images.
 """
 
 import copy
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import ENOUGH, AdversarialTraining, Defense, is_published
+from sau.defense.base import AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
@@ -32,7 +31,6 @@ from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
-DISTILL_HELP = "share of h_b's probabilities in the labels of the clean loss"
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -66,7 +64,7 @@ class SAU(AdversarialTraining):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    later = ("distill", "patches")
+    later = ("patches",)
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
@@ -74,7 +72,6 @@ class SAU(AdversarialTraining):
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
-    distill: float = param(0.0, DISTILL_HELP, ge=0, le=1)
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
@@ -86,12 +83,11 @@ class SAU(AdversarialTraining):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """For PreAct-ResNet18 with few images also: h_b's softmax in place of the labels. On other networks: most
-        images get a patch, and twice as many updates half the rate; with batch norm the search starts at random, in
-        smaller steps."""
+        """On other networks also: most images get a patch, and twice as many updates half the rate; with batch
+        norm the search starts at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if is_published(model):
-            return replace(found, distill=1.0) if images < ENOUGH else found
+            return found
         changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
         return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
@@ -118,8 +114,8 @@ class SAU(AdversarialTraining):
             with torch.set_grad_enabled(not self.train_mode):
                 z = model(x)  # its graph serves the outer loss, so the clean pass is made once
             with torch.no_grad():
-                z_ref = reference(x)
-            delta, s = self.search(state, x, y, z.argmax(1), clean_ref := z_ref.argmax(1))
+                clean_ref = reference(x).argmax(1)
+            delta, s = self.search(state, x, y, z.argmax(1), clean_ref)
             mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
             report: dict[str, Tensor] = {}
             for _ in range(self.outer_steps):
@@ -129,8 +125,6 @@ class SAU(AdversarialTraining):
                 else:
                     z, z_adv = model(x) if report else z, model(x + delta)
                 clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
-                if self.distill:
-                    clean = self.distill * F.cross_entropy(z, z_ref.softmax(1)) + (1 - self.distill) * clean
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 if self.weight_adv:
                     loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)

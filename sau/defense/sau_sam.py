@@ -33,7 +33,7 @@ from sau.defense.base import ENOUGH, Defense, TrainingDefense, is_published, wei
 from sau.defense.checks import has_batch_norm
 from sau.defense.ft_sam import FTSAM, perturbed, smoothed_loss
 from sau.defense.pruning import PruningLevel, affine_norms
-from sau.defense.sau import DISTILL_HELP, SAU, unsharing_loss
+from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.normalized import eval_mode, forward_hooks
@@ -64,7 +64,7 @@ class SAUSAM(TrainingDefense):
     pgd_init: Init = param("random", INIT_HELP)
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
-    distill: float = param(0.0, DISTILL_HELP, ge=0, le=1)
+    distill: float = param(0.0, "share of h_b's probabilities in the labels of the clean loss", ge=0, le=1)
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
     patches: float = param(0.3, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
