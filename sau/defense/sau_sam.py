@@ -8,7 +8,7 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
-smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015; see `adapted`). In L, h
+smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015). In L, h
 is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
 normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
 would reach it.
@@ -71,9 +71,9 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm the rate falls as rho, and half of each label is h_b's softmax; for
-        PreAct-ResNet18 the whole, at a quarter of the rate, with rho 1 and l2 1. Without batch norm Adam trains, and
-        the search is SAU's."""
+        the images get a patch. With batch norm the rate falls as rho: for PreAct-ResNet18 it is a quarter, with rho 1
+        and l2 1; on others half of each label is h_b's softmax. Without batch norm Adam trains, and the search is
+        SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate = self.lr * size_factor(model)
@@ -81,7 +81,7 @@ class SAUSAM(TrainingDefense):
             how: dict[str, Any] = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
             how |= {"pgd_init": "max", "adv_lr": 0.2}
         elif is_published(model):
-            how = {"lr": float(f"{rate / 4:.1e}"), "rho": 1.0, "weight_shared": 1.0, "distill": 1.0}
+            how = {"lr": float(f"{rate / 4:.1e}"), "rho": 1.0, "weight_shared": 1.0}
         else:
             how = {"lr": float(f"{rate:.1e}"), "distill": 0.5}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
