@@ -51,7 +51,6 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
-    few_suffice = True
     later = ("distill",)
 
     epochs: int = 10
