@@ -70,9 +70,8 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm the rate falls as rho: for PreAct-ResNet18 it is a quarter, with rho 1
-        and l2 1; on others half of each label is h_b's softmax. Without batch norm Adam trains, and the search is
-        SAU's."""
+        the images get a patch. With batch norm the rate falls as rho; for PreAct-ResNet18 it is a quarter, with rho 1
+        and l2 1. Without batch norm Adam trains, and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate = self.lr * size_factor(model)
@@ -82,7 +81,7 @@ class SAUSAM(TrainingDefense):
         elif is_published(model):
             how = {"lr": float(f"{rate / 4:.1e}"), "rho": 1.0, "weight_shared": 1.0}
         else:
-            how = {"lr": float(f"{rate:.1e}"), "distill": 0.5}
+            how = {"lr": float(f"{rate:.1e}")}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
