@@ -54,6 +54,7 @@ def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
         assert ((found := SAU().adapted(net, 100)).patches, found.pgd_init) == (0.8, start)
     few, enough = (SAU().adapted(PreActResNet18(10, 4), count) for count in (1999, 2000))
     assert (few.patches, few.epochs, enough) == (0, 7, SAU())
+    assert SAU().adapted(PreActResNet18(10, 4), 100).patches == 0
 
 
 def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +130,14 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
 
 @pytest.mark.parametrize(("given", "searched"), [(64, [40, 60]), (16, [16, 16])])
 def test_the_verdict_looks_at_few_images(given: int, searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    search = pgd.smallest_patches
+    counts, search = list[int](), pgd.smallest_patches
+
+    def counted(networks: Any, x: torch.Tensor, *more: Any) -> Any:
+        counts.append(len(x))
+        return search(networks, x, *more)
+
     for module in (pgd, checks):
-        keep = lambda networks, x, *more: (counts.append(len(x)), search(networks, x, *more))[1]  # noqa: E731
-        monkeypatch.setattr(module, "smallest_patches", keep)
+        monkeypatch.setattr(module, "smallest_patches", counted)
     compare(tiny_net(), tiny_net(), torch.rand(given, 3, 8, 8), torch.arange(given) % 4, print)
     assert counts == searched
 
