@@ -280,6 +280,31 @@ def test_unsharing_loss_at_its_ends() -> None:
     assert unsharing_loss(sure.float(), s, mask).item() == pytest.approx(13.8, abs=0.1)
 
 
+def test_the_loss_without_clamps_goes_on_where_the_network_is_sure() -> None:
+    """-log(1 - p_s) of logits 80 and 0 is 80, its gradient 1; as released it is 13.8 and has none."""
+    s, mask = torch.tensor([0]), torch.tensor([True])
+    for clamped, value, slope in ((True, 13.8, 0.0), (False, 80.0, 1.0)):
+        sure = torch.tensor([[80.0, 0.0]], requires_grad=True)
+        loss = unsharing_loss(sure, s, mask, clamped)
+        assert loss.item() == pytest.approx(value, abs=0.1)
+        (gradient,) = torch.autograd.grad(loss, sure)
+        assert gradient.tolist()[0] == pytest.approx([slope, -slope], abs=1e-6)
+    z = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).double()  # where nothing is clamped
+    s, mask = torch.arange(9) % 5, torch.arange(9) % 3 > 0
+    assert unsharing_loss(z, s, mask, False).item() == pytest.approx(unsharing_loss(z, s, mask).item(), abs=1e-5)
+
+
+def test_clamp_loss() -> None:
+    """h answers 1 with logits (-100, 100) under the search's e; it moves away from there without the clamps alone."""
+    x, y = plain(0.5), torch.zeros(2, dtype=torch.long)
+    for clamp, moves in ((True, False), (False, True)):
+        method = SAU(weight_clean=0.0, clamp_loss=clamp)
+        state = lines(method, 0.6, 0.6)
+        state["model"].slope = 1000.0
+        method.step(state, x, y)
+        assert (state["model"].edge.item() > 0.60005) == moves
+
+
 @pytest.mark.parametrize(("p_s", "moves"), [(0.0009, False), (0.0011, True), (0.5, True)])
 def test_unsharing_gradient_is_cut(p_s: float, moves: bool) -> None:
     """Nothing is gained by pushing p_s below 0.001; above, the gradient with respect to z_s is p_s."""

@@ -8,7 +8,7 @@ the code h is `model`, h_b `reference` and e `delta`:
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
-and the clamps of `unsharing_loss` are where its released code departs from them, and stand as released. `patches` are
+and `clamp_loss` are where its released code departs from them, and stand as released. `patches` are
 not in the paper: some x + e are x under a patch that is the same for all images.
 """
 
@@ -40,11 +40,14 @@ def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
     return 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)
 
 
-def unsharing_loss(z: Logits, s: Labels, mask: Flags) -> Scalar:
-    """Mean over the batch of mask * -log(1 - p_s); no gradient where p_s is below 0.001.
+def unsharing_loss(z: Logits, s: Labels, mask: Flags, clamped: bool = True) -> Scalar:
+    """Mean over the batch of mask * -log(1 - p_s).
 
-    1 - p_s enters in its two equal forms, the sum of the other classes and the complement, which differ in rounding.
+    `clamped` as released: no gradient where p_s is below 0.001, and hardly any where 1 - p_s is below 1e-6. It enters
+    in its two equal forms, the sum of the other classes and the complement, which differ in rounding.
     """
+    if not clamped:
+        return mask.to(z.dtype) @ (z.logsumexp(1) - z.scatter(1, s[:, None], -torch.inf).logsumexp(1)) / len(z)
     p = z.softmax(1)
     p_s = p.gather(1, s[:, None])[:, 0]
     others = p.scatter(1, s[:, None], 0.0).sum(1)
@@ -64,7 +67,7 @@ class SAU(AdversarialTraining):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    later = ("patches",)
+    later = ("patches", "clamp_loss")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
@@ -81,6 +84,7 @@ class SAU(AdversarialTraining):
     outer_mask: Literal["moved", "wrong"] = param(
         "moved", "moved (as released): s must also differ from h_b's answer to the clean image; wrong: it need not"
     )
+    clamp_loss: bool = param(True, "keep 1 - p_s above 1e-6 in the shared loss (as released); its gradient ends there")
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """On other networks also: most images get a patch, and twice as many updates half the rate; with batch
@@ -124,7 +128,7 @@ class SAU(AdversarialTraining):
                     model.eval()
                 else:
                     z, z_adv = model(x) if report else z, model(x + delta)
-                clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask)
+                clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask, self.clamp_loss)
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 if self.weight_adv:
                     loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
