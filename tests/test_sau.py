@@ -289,13 +289,17 @@ def test_the_loss_without_clamps_goes_on_where_the_network_is_sure() -> None:
         assert loss.item() == pytest.approx(value, abs=0.1)
         (gradient,) = torch.autograd.grad(loss, sure)
         assert gradient.tolist()[0] == pytest.approx([slope, -slope], abs=1e-6)
+    low = torch.tensor([[-10.0, 0.0]], requires_grad=True)  # p_s = 4.5e-5
+    for clamped, slope in ((True, 0.0), (False, 4.54e-5)):
+        (gradient,) = torch.autograd.grad(unsharing_loss(low, torch.tensor([0]), torch.tensor([True]), clamped), low)
+        assert gradient[0, 0].item() == pytest.approx(slope, rel=1e-3)
     z = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).double()  # where nothing is clamped
     s, mask = torch.arange(9) % 5, torch.arange(9) % 3 > 0
     assert unsharing_loss(z, s, mask, False).item() == pytest.approx(unsharing_loss(z, s, mask).item(), abs=1e-5)
 
 
 def test_clamp_loss() -> None:
-    """h answers 1 with logits (-100, 100) under the search's e; it moves away from there without the clamps alone."""
+    """h answers 1 with logits (-100, 100) under e. Only without the clamps does it move away from there."""
     x, y = plain(0.5), torch.zeros(2, dtype=torch.long)
     for clamp, moves in ((True, False), (False, True)):
         method = SAU(weight_clean=0.0, clamp_loss=clamp)

@@ -43,8 +43,8 @@ def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
 def unsharing_loss(z: Logits, s: Labels, mask: Flags, clamped: bool = True) -> Scalar:
     """Mean over the batch of mask * -log(1 - p_s).
 
-    `clamped` as released: no gradient where p_s is below 0.001, and hardly any where 1 - p_s is below 1e-6. It enters
-    in its two equal forms, the sum of the other classes and the complement, which differ in rounding.
+    `clamped` as released: no gradient where p_s is below 0.001, and less and less where 1 - p_s is below 1e-6. Then
+    1 - p_s enters in its two equal forms, the sum of the other classes and the complement, which differ in rounding.
     """
     if not clamped:
         return mask.to(z.dtype) @ (z.logsumexp(1) - z.scatter(1, s[:, None], -torch.inf).logsumexp(1)) / len(z)
@@ -84,7 +84,9 @@ class SAU(AdversarialTraining):
     outer_mask: Literal["moved", "wrong"] = param(
         "moved", "moved (as released): s must also differ from h_b's answer to the clean image; wrong: it need not"
     )
-    clamp_loss: bool = param(True, "keep 1 - p_s above 1e-6 in the shared loss (as released); its gradient ends there")
+    clamp_loss: bool = param(
+        True, "as released: the shared loss has no gradient where p_s is below 0.001 or 1 - p_s far below 1e-6"
+    )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """On other networks also: most images get a patch, and twice as many updates half the rate; with batch
