@@ -8,8 +8,8 @@ the code h is `model`, h_b `reference` and e `delta`:
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
-and `clamp_loss` are where its released code departs from them, and stand as released. `patches` are
-not in the paper: some x + e are x under a patch that is the same for all images.
+and `clamp_loss` are where its released code departs from them, and stand as released. `patches` are not in the paper:
+some x + e are x under a patch that is the same for all images.
 """
 
 import copy
@@ -43,8 +43,8 @@ def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
 def unsharing_loss(z: Logits, s: Labels, mask: Flags, clamped: bool = True) -> Scalar:
     """Mean over the batch of mask * -log(1 - p_s).
 
-    `clamped` as released: no gradient where p_s is below 0.001, and less and less where 1 - p_s is below 1e-6. Then
-    1 - p_s enters in its two equal forms, the sum of the other classes and the complement, which differ in rounding.
+    As released (`clamped`) there is no gradient where p_s is below 0.001, less and less where 1 - p_s is below 1e-6.
+    1 - p_s has its two equal forms there, the sum of the other classes and the complement, which differ in rounding.
     """
     if not clamped:
         return mask.to(z.dtype) @ (z.logsumexp(1) - z.scatter(1, s[:, None], -torch.inf).logsumexp(1)) / len(z)
