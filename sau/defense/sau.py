@@ -89,15 +89,15 @@ class SAU(AdversarialTraining):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """Also a quarter of that rate and the exact loss, whose gradient does not fade; with batch norm l2 is 2. On
+        """Also half of that rate; with batch norm a quarter, l2 2 and the exact loss, whose gradient does not fade. On
         other networks most images get a patch, and there are twice as many updates; with batch norm the search starts
         at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if found is self:
             return self
-        changed: dict[str, Any] = {"lr": found.lr / 4, "clamp_loss": False}
+        changed: dict[str, Any] = {"lr": found.lr / 2}
         if norm := has_batch_norm(model):
-            changed |= {"weight_shared": 2.0}
+            changed = {"lr": found.lr / 4, "weight_shared": 2.0, "clamp_loss": False}
         if not is_published(model):
             changed |= {"patches": 0.8, "epochs": 2 * found.epochs}
             changed |= {"pgd_init": "random", "adv_lr": 0.1} if norm else {}
