@@ -50,12 +50,11 @@ def test_the_rate_follows_from_the_weights() -> None:
 
 def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
-    normed = nn.Sequential(plain, nn.BatchNorm2d(4))
-    for net, *expected in ((normed, "random", 2.0, False), (nn.Sequential(plain), "max", 1.0, True)):
-        found = SAU().adapted(net, 100)
-        assert [found.pgd_init, found.weight_shared, found.clamp_loss] == expected and found.patches == 0.8
+    for net, start in ((nn.Sequential(plain, nn.BatchNorm2d(4)), "random"), (nn.Sequential(plain), "max")):
+        assert ((found := SAU().adapted(net, 100)).patches, found.pgd_init) == (0.8, start)
     few, enough = (SAU().adapted(PreActResNet18(10, 4), count) for count in (1999, 2000))
-    assert (few.patches, few.epochs, few.weight_shared, few.clamp_loss, enough) == (0, 7, 2.0, False, SAU())
+    assert (few.patches, few.epochs, few.lr, few.weight_shared, few.clamp_loss) == (0, 7, 7.5e-4, 2.0, False)
+    assert enough == SAU()
     assert SAU().adapted(PreActResNet18(10, 4), 100).patches == 0
 
 
@@ -94,7 +93,7 @@ def test_a_loader_s_own_batches_are_counted() -> None:
     assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
     x, y = torch.rand(100, 3, 8, 8), torch.arange(100) % 4
     some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
-    assert first_line(SAU(), some).startswith("504 updates at 0.00075 (OneCycleLR): 40 images")
+    assert first_line(SAU(), some).startswith("504 updates at 0.0015 (OneCycleLR): 40 images")
 
 
 def first_line(method: Any, images: Any = None, **how: Any) -> str:
@@ -118,7 +117,7 @@ def stop(*_: Any) -> dict[str, float]:
 
 
 def test_what_the_user_gives_stands() -> None:
-    assert first_line(SAU()).startswith("500 updates at 0.00075 (OneCycleLR): 40 images")
+    assert first_line(SAU()).startswith("500 updates at 0.0015 (OneCycleLR): 40 images")
     assert first_line(SAU(eps=0.1)).startswith("500 updates")
     assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
     assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
