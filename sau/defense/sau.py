@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import ENOUGH, AdversarialTraining, Defense, is_published
+from sau.defense.base import AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
@@ -89,12 +89,14 @@ class SAU(AdversarialTraining):
     )
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """For PreAct-ResNet18 also a quarter of that rate, l2 2 and the exact loss, whose gradient does not fade. On
-        other networks most images get a patch, and twice as many updates half the rate; with batch norm the search
-        starts at random, in smaller steps."""
+        """For PreAct-ResNet18 also a quarter of that rate, l2 2, the exact loss, whose gradient does not fade, and a
+        patch on half of the images. On other networks most images get a patch, and twice as many updates half the rate;
+        with batch norm the search starts at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
+        if found is self:
+            return self
         if is_published(model):
-            return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False) if images < ENOUGH else self
+            return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
         changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
         return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
