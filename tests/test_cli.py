@@ -66,7 +66,7 @@ def test_a_defense_needs_nothing_but_the_record(victim, here, monkeypatch):
     assert (status, err) == (0, "")
     folder = victim / "defense" / "sau"
     found = yaml.safe_load((folder / "config.yaml").read_text())
-    assert found["method"]["eps"] == 0.2 and found["method"]["lr"] == 3e-3 and found["run"]["dataset"] == "digits"
+    assert found["method"]["eps"] == 0.2 and found["method"]["lr"] == 7.5e-4 and found["run"]["dataset"] == "digits"
     assert found["run"]["recipe"] == "cpu" and len(found["clean_index"]) == 143 and "cpu" in out.splitlines()[0]
     assert len(rows(folder)) == found["method"]["epochs"] == 50  # 250 updates of 5 batches
 
