@@ -28,7 +28,7 @@ from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 2000  # from here on they hold
-EASY = 0.95  # a task on which a network is right more often, like digits
+EASY = 0.95  # a network that is right on more of its clean images has an easy task, like digits
 SMALLEST_BATCH = 32
 UPDATES = 250  # of SAU and AT where their published settings do not hold
 Gradients = Literal["none", "weights", "images"]
@@ -52,7 +52,7 @@ class Defense(Method, ABC):
 
     data_use: ClassVar[Literal["none", "clean", "poisoned"]] = "clean"  # which images decide; poisoned: the attacker's
     gradients: ClassVar[Gradients] = "weights"  # images: also of the logits to the images
-    few_suffice: ClassVar[bool] = False  # for an easy task: 143 did in docs/results/digits.md, for BadNets and Blended
+    few_suffice: ClassVar[bool] = False  # in an easy task: 143 removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
 
     batch_size: int = param(256, "images in a batch", ge=1)
