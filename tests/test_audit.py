@@ -313,11 +313,12 @@ def clean(victim, here):
     return victim.parent / "clean"
 
 
-def test_clean_label_poisons_are_stamped_anew(victim, here):
+@pytest.mark.parametrize("attack", ["sig", "lc"])
+def test_clean_label_poisons_are_stamped_anew(attack, victim, here):
     flags = ("--dataset", "digits", "--width", "4", "--epochs", "1", "--pratio", "0.05", *QUICK)
-    assert here("attack", "sig", "--save_folder_name", "waves", *flags)[0] == 0
-    opened = open_case(victim.parent / "waves", samples=50)
-    train, _, _ = stored.load(victim.parent / "waves").images("./data")
+    assert here("attack", attack, "--save_folder_name", "kept", *flags)[0] == 0
+    opened = open_case(victim.parent / "kept", samples=50)
+    train, _, _ = stored.load(victim.parent / "kept").images("./data")
     assert len(opened.poisons) == int((train.labels != 0).sum()) and bool((opened.poisons.labels == 0).all())
 
 
