@@ -155,7 +155,7 @@ def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:
     if not attacked.settings:
         raise RecordError(f"{attacked.path} has no poisoned images with a wrong label, nor settings to make any with")
     attack = attack_from_config(attacked.settings, attacked.trigger)
-    # As at test: LC perturbs images in training by a network that the record does not hold.
+    # With the trigger of the test: what LC adds in training needs a network that is not loaded here.
     made = attack.poison(train, torch.randperm(len(train), generator=generator(0))[:STAMPED], test=True)
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
 
