@@ -120,6 +120,9 @@ def test_what_the_user_gives_stands() -> None:
     assert first_line(SAU(eps=0.1)).startswith("500 updates")
     assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
     assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
+    searched = [first_line(method, **how).endswith("patches are searched")
+                for method in (SAU(), SAUSAM()) for how in ({}, {"settings": "as_given"})]  # fmt: skip
+    assert searched == [True, False, True, True]
     assert first_line(FT()).startswith("1,000 updates at 0.01")
 
 
