@@ -22,7 +22,6 @@ Init = Literal["zero", "random", "max", "min"]
 INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps) or random (uniform)"
 BUCKET = 32
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
-PATCHES_FIRST = "; first, patches are searched"  # for a minute or two on a CPU, without a word
 PATCHES_HELP = "share of each batch that gets a patch, the same for all images, instead of e in S"
 FEW, STEPS, CLASSES = 20, 60, 10  # images of SAU's patches; steps and classes of a search for the smallest ones
 MOST = 0.9  # share of the images of other classes that such a patch must lead to its class

@@ -177,7 +177,9 @@ class TrainingDefense(Training, Defense):
 
     def plan(self, images: int, batches: Batched, right: float) -> str:
         updates = f"{self.epochs * len(batches):,} updates at {self.lr:g} ({self.lr_scheduler or 'constant'})"
-        return f"{updates}: {super().plan(images, batches, right)}"
+        # The search of SAU's patches takes a minute or two on a CPU, without a word.
+        first = "; first, patches are searched" if getattr(self, "patches", 0) else ""
+        return f"{updates}: {super().plan(images, batches, right)}{first}"
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         """What changes while it runs; an epoch goes through `batches`. Here: all weights, batch norm in train mode.

@@ -27,7 +27,7 @@ from sau.defense.base import AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
-from sau.pgd import PATCHES_FIRST, PATCHES_HELP, SharedPatches, unsettled
+from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
@@ -99,9 +99,6 @@ class SAU(AdversarialTraining):
             return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
         changed: dict[str, Any] = {"pgd_init": "random", "adv_lr": 0.1} if has_batch_norm(model) else {}
         return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
-
-    def plan(self, images: int, batches: Batched, right: float) -> str:
-        return super().plan(images, batches, right) + PATCHES_FIRST * bool(self.patches)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)

@@ -37,7 +37,7 @@ from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
 from sau.models.normalized import eval_mode, forward_hooks
-from sau.pgd import INIT_HELP, PATCHES_FIRST, PATCHES_HELP, Init
+from sau.pgd import INIT_HELP, PATCHES_HELP, Init
 from sau.types import Batched, Flags, Labels, Logits, Pixels, Scalar
 
 
@@ -83,9 +83,6 @@ class SAUSAM(TrainingDefense):
         else:
             how = {"lr": float(f"{rate:.1e}")}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
-
-    def plan(self, images: int, batches: Batched, right: float) -> str:
-        return super().plan(images, batches, right) + PATCHES_FIRST * bool(self.patches)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
