@@ -70,8 +70,8 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm the rate falls as rho; for PreAct-ResNet18 it is a quarter, with rho 1
-        and l2 1. Without batch norm Adam trains, and the search is SAU's."""
+        the images get a patch. With batch norm the rate falls as rho; for PreAct-ResNet18 it is halved, l2
+        doubled, and a quarter of the labels h_b's. Without batch norm Adam trains, and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate = self.lr * size_factor(model)
@@ -79,7 +79,7 @@ class SAUSAM(TrainingDefense):
             how: dict[str, Any] = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
             how |= {"pgd_init": "max", "adv_lr": 0.2}
         elif is_published(model):
-            how = {"lr": float(f"{rate / 4:.1e}"), "rho": 1.0, "weight_shared": 1.0}
+            how = {"lr": float(f"{rate / 2:.1e}"), "weight_shared": 1.0, "distill": 0.25}
         else:
             how = {"lr": float(f"{rate:.1e}")}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
