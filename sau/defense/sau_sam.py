@@ -51,6 +51,7 @@ class SAUSAM(TrainingDefense):
 
     name = "sau-sam"
     gradients = "images"
+    few_suffice = True
     later = ("distill",)
 
     epochs: int = 10
