@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from toys import planted, quiet, tiny_net, toy_images
 
 from sau import pgd
+from sau.data.batches import Batches
 from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM, checks
 from sau.defense.checks import compare, lines
 from sau.loop import RunContext
@@ -32,7 +33,8 @@ def test_few_images_make_about_as_many_updates_as_published_ones(name: str, imag
     assert 32 <= fitting.batch_size <= method.batch_size
     if isinstance(method, SAU | AT):
         return
-    published, now = -(-2500 // method.batch_size), -(-images // fitting.batch_size)
+    published = -(-2500 // method.batch_size)
+    now = len(Batches(torch.zeros(images, 1), (), fitting.batch_size))  # 100 images make 3, of 32, 32 and 36
     for length in method.lengths:
         updates = (20 if name == "sau-sam" else getattr(method, length)) * published
         assert updates <= getattr(fitting, length) * now < updates + now, length

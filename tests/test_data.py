@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 from toys import refuses, toy_images
 
 from sau.attack.in_batch import random_rotate
 from sau.data import readers
-from sau.data.batches import Augment, Batches, quantise, to_float
+from sau.data.batches import Augment, Batches, clean_batches, quantise, to_float, unaugmented
 from sau.data.images import Images
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError, RecordError
@@ -94,6 +95,10 @@ def order(batches: Batches) -> list[int]:
     (7, 3, {}, [3, 4]),  # the last one, which batch norm could not be trained with, joins those before it
     (1, 3, {}, [1]),
     (10, 4, {"seed": 0}, [4, 4, 2]),
+    (72, 32, {"seed": 0}, [32, 40]),  # from 8 images batch norm learns as little as from one
+    (74, 32, {"seed": 0}, [32, 32, 10]),
+    (22, 8, {"seed": 0}, [8, 8, 6]),
+    (19, 8, {"seed": 0}, [8, 11]),
     (10, 4, {"seed": 0, "drop_last": True}, [4, 4]),
     (3, 4, {"seed": 0, "drop_last": True}, [3]),  # never all of them
     (8, 4, {"seed": 0, "drop_last": True}, [4, 4]),
@@ -104,6 +109,20 @@ def test_sizes_of_batches_and_pixels_beside_their_labels(count, size, how, sizes
     assert how or order(batches) == list(range(count))
     for x, y in batches:
         assert x.dtype == torch.float32 and torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [
+    (72, 32, [32, 40]), (74, 32, [32, 32, 10]), (7, 3, [3, 4]), (3, 1, [1, 1, 1]), (3, 32, [3])
+])  # fmt: skip
+def test_what_a_loader_leaves_over_joins_its_last_batch(count, size, sizes):
+    numbers = torch.arange(count)
+    pixels = (numbers / 255).view(count, 1, 1, 1).expand(count, 3, 4, 4)
+    loader = DataLoader(TensorDataset(pixels, numbers), batch_size=size)
+    batches = clean_batches(loader, 256, torch.device("cpu"), (None, None), 0)
+    seen = [y for _, y in unaugmented(batches)]  # a copy counts for all
+    assert [len(y) for y in seen] == sizes and len(batches) == len(sizes)
+    assert torch.cat(seen).tolist() == numbers.tolist()
+    assert all(torch.equal((x[:, 0, 0, 0] * 255).round().long(), y) for x, y in batches)
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():

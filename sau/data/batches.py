@@ -45,8 +45,7 @@ def check_seed(seed: Any, end: int = 2**63) -> None:
 
 def get_rng_state() -> RngState:
     """The state of torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def set_rng_state(state: RngState) -> None:
@@ -120,12 +119,20 @@ class Augment:
         return torch.cat([corners, mirrored.long()]).expand(3, size)
 
 
+def joins(rest: int, size: int) -> bool:
+    """Whether `rest` images that are left over join the batch before them, of `size`: one does, or fewer than 10 and
+    than half, from which batch norm in train mode cannot tell the deviation of a channel."""
+    return 0 < rest < size and (rest == 1 or rest < min(10, size / 2))
+
+
+def count_batches(images: int, size: int) -> int:
+    """How many batches of `size` they make; a few that are left over join the last one."""
+    return -(-images // size) - (images > size and joins(images % size, size))
+
+
 @dataclass(eq=False)
 class Batches:
-    """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone.
-
-    A single image that is left over joins the last batch: batch norm in train mode cannot do with one.
-    """
+    """Epochs over device-resident tensors. The order and the augmentation of epoch e follow from (seed, e) alone."""
 
     pixels: Tensor
     labels: tuple[Tensor, ...]
@@ -143,18 +150,15 @@ class Batches:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        n = len(self.pixels)
-        left_out = self.drop_last or (n % self.size == 1 and n > 1)
-        return n // self.size if left_out else -(-n // self.size)
+        return len(self.pixels) // self.size if self.drop_last else count_batches(len(self.pixels), self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         n, device = len(self.pixels), self.pixels.device
         generator = epoch_generator(self.seed or 0, self.epoch)
         order = torch.arange(n) if self.seed is None else torch.randperm(n, generator=generator, device="cpu")
-        order = order.to(device)
-        sizes = [self.size] * len(self)
+        order, sizes = order.to(device), [self.size] * len(self)
         if sizes and not self.drop_last:
-            sizes[-1] += n - sum(sizes)  # fewer, or one more that is left over
+            sizes[-1] += n - sum(sizes)  # fewer, or also those that are left over
         together = max(1, VALUES_AT_ONCE // max(1, self.size * math.prod(self.pixels.shape[1:])))
         for block in (sizes[start : start + together] for start in range(0, len(sizes), together)):
             index, order = order[: sum(block)], order[sum(block) :]
@@ -216,30 +220,51 @@ def check_normalised(low: float, high: float, stats: Statistics) -> None:
 
 
 class _Loader:
-    """A user's loader with every batch checked and moved; its own augmentation and order stay in force."""
+    """A user's loader with every batch checked and moved; its own augmentation and order stay in force.
+
+    A small batch joins the one before it; the first epoch counts them.
+    """
 
     def __init__(self, loader: Any, device: torch.device, stats: Statistics, seed: int) -> None:
         self.loader, self.device, self.stats, self.seed = loader, device, stats, seed
         self.augment: Augment | None = None
         self.epoch, self.size = 0, None  # the loader's own
+        self.lengths = [len(loader)]  # as last counted; a list, which copies of this share
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.lengths[-1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator, batch, low, high = epoch_generator(self.seed, self.epoch), None, math.inf, -math.inf
+        generator, count = epoch_generator(self.seed, self.epoch), 0
+        for x, y in self._joined():
+            count += 1
+            yield self.augment(x, generator) if self.augment else x, y
+        self.lengths[:] = [count]
+
+    def _joined(self) -> Iterator[tuple[Tensor, Tensor]]:
+        held: tuple[Tensor, Tensor] | None = None
+        for x, y in self._checked():
+            if held and joins(len(y), len(held[1])):
+                x, y = torch.cat([held[0], x]), torch.cat([held[1], y])
+            elif held:
+                yield held
+            held = x, y
+        if held is None:
+            raise DataError(EMPTY)
+        yield held
+
+    def _checked(self) -> Iterator[tuple[Tensor, Tensor]]:
+        low, high = math.inf, -math.inf
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
             x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.stats))
             if self.epoch == 0 and self.stats[0]:  # once is enough
                 low, high = min(low, float(batch[0].min())), max(high, float(batch[0].max()))
-            yield to_float(self.augment(x, generator) if self.augment else x), y
-        if batch is None:
-            raise DataError(EMPTY)
+            yield to_float(x), y
         check_normalised(low, high, self.stats)
 
 
@@ -263,10 +288,9 @@ def stack_batches(batches: Batched) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def rebatch(x: Tensor, y: Tensor, size: int, like: Batched) -> Batches:
-    """Images made of those of `like` in batches of `size`, with its seed and its augmentation."""
-    given: Any = like
-    return Batches(x, (y,), size, given.seed, given.augment)
+def rebatch(x: Tensor, y: Tensor, size: int, like: Any) -> Batches:
+    """Images made of those of the batches `like`, in batches of `size`, with its seed and its augmentation."""
+    return Batches(x, (y,), size, like.seed, like.augment)
 
 
 def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:

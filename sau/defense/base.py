@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.data.batches import Augment, Batches, clean_batches, first_batch, seeded
+from sau.data.batches import Augment, Batches, clean_batches, count_batches, first_batch, seeded
 from sau.data.images import Images
 from sau.defense import checks
 from sau.errors import ConfigError
@@ -76,7 +76,7 @@ class Defense(Method, ABC):
         if not self.lengths:
             return self
         size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
-        grow = -(-PUBLISHED // self.batch_size) / (per_epoch or -(-images // size))
+        grow = -(-PUBLISHED // self.batch_size) / (per_epoch or count_batches(images, size))
         published = {**self.params(), **settings}
         lengths = {name: math.ceil(published[name] * grow) for name in self.lengths}
         return replace(self, **{**settings, **lengths, "batch_size": size})
@@ -244,7 +244,7 @@ class AdversarialTraining(TrainingDefense):
         if is_published(model) and not few:
             return self
         size = min(self.batch_size, max(SMALLEST_BATCH, images // 40))
-        epochs = math.ceil(UPDATES / (per_epoch or -(-images // size)))
+        epochs = math.ceil(UPDATES / (per_epoch or count_batches(images, size)))
         changed: dict[str, Any] = {"lr": weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
         return replace(self, **changed, epochs=epochs, batch_size=size)
 
