@@ -119,10 +119,21 @@ def test_what_a_loader_leaves_over_joins_its_last_batch(count, size, sizes):
     pixels = (numbers / 255).view(count, 1, 1, 1).expand(count, 3, 4, 4)
     loader = DataLoader(TensorDataset(pixels, numbers), batch_size=size)
     batches = clean_batches(loader, 256, torch.device("cpu"), (None, None), 0)
-    seen = [y for _, y in unaugmented(batches)]  # a copy counts for all
-    assert [len(y) for y in seen] == sizes and len(batches) == len(sizes)
+    assert len(batches) == len(sizes)
+    seen = [y for _, y in unaugmented(batches)]
+    assert [len(y) for y in seen] == sizes
     assert torch.cat(seen).tolist() == numbers.tolist()
     assert all(torch.equal((x[:, 0, 0, 0] * 255).round().long(), y) for x, y in batches)
+
+
+def test_other_loaders_keep_their_batches():
+    """Of them nobody knows beforehand which batch is the last one."""
+    pixels = torch.zeros(68, 3, 4, 4)
+    dataset = TensorDataset(pixels, torch.arange(68))
+    own = [dataset[:4], dataset[4:36], dataset[36:]]
+    for loader in (own, DataLoader(dataset, batch_sampler=[range(4), range(4, 36), range(36, 68)])):
+        batches = clean_batches(loader, 256, torch.device("cpu"), (None, None), 0)
+        assert [len(y) for _, y in batches] == [4, 32, 32] and len(batches) == 3
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():

@@ -11,6 +11,7 @@ from torch import nn
 from toys import batch, pair, quiet, same_weights, smooth_net, tiny_net
 
 from sau.attack import BadNet
+from sau.data.batches import count_batches
 from sau.defense import FTSAM, SAUSAM
 from sau.defense.ft_sam import perturbed, smoothed_loss
 from sau.models import PreActResNet18
@@ -176,7 +177,7 @@ def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
     for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
         assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)
     few, *own = (method.adapted(net, 100) for net in (PreActResNet18(width=16), tiny_net(), nn.Linear(9, 9)))
-    assert few.epochs * -(-100 // few.batch_size) == pytest.approx(20 * 20, rel=0.05)
+    assert few.epochs * count_batches(100, few.batch_size) == pytest.approx(20 * 20, rel=0.05)
     found = [(one.distill, one.rho, one.weight_shared, one.adv_steps, one.patches) for one in (few, *own)]
     assert found == [(0.25, 2.0, 1.0, 5, 0.5), (0.0, 2.0, 0.5, 5, 0.5), (0.0, 2.0, 0.5, 5, 0.5)] and few.lr == 0.01
     assert own[0].lr == pytest.approx(method.prepare(tiny_net(), range(1))["_sam"].rho / 100, rel=0.05)

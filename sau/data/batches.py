@@ -5,9 +5,10 @@ Pixels stay uint8 on the device; batches become float one at a time. Order and a
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -45,7 +46,8 @@ def check_seed(seed: Any, end: int = 2**63) -> None:
 
 def get_rng_state() -> RngState:
     """The state of torch's global generators."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: RngState) -> None:
@@ -120,9 +122,9 @@ class Augment:
 
 
 def joins(rest: int, size: int) -> bool:
-    """Whether `rest` images that are left over join the batch before them, of `size`: one does, or fewer than 10 and
-    than half, from which batch norm in train mode cannot tell the deviation of a channel."""
-    return 0 < rest < size and (rest == 1 or rest < min(10, size / 2))
+    """Whether a rest of images joins the batch before it, of `size`: one image, or fewer than 10 that are also fewer
+    than half a batch. Batch norm in train mode cannot estimate a channel's deviation from so few."""
+    return 0 < rest < min(10, size, max(2, size / 2))
 
 
 def count_batches(images: int, size: int) -> int:
@@ -222,39 +224,31 @@ def check_normalised(low: float, high: float, stats: Statistics) -> None:
 class _Loader:
     """A user's loader with every batch checked and moved; its own augmentation and order stay in force.
 
-    A small batch joins the one before it; the first epoch counts them.
+    A few images that an ordinary DataLoader leaves over join its last batch, as in `Batches`.
     """
 
     def __init__(self, loader: Any, device: torch.device, stats: Statistics, seed: int) -> None:
         self.loader, self.device, self.stats, self.seed = loader, device, stats, seed
         self.augment: Augment | None = None
         self.epoch, self.size = 0, None  # the loader's own
-        self.lengths = [len(loader)]  # as last counted; a list, which copies of this share
+        self.length, sampler, size = len(loader), getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+        if isinstance(sampler, Sized) and size and not getattr(loader, "drop_last", True):
+            self.length = count_batches(len(sampler), size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.lengths[-1]
+        return self.length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator, count = epoch_generator(self.seed, self.epoch), 0
-        for x, y in self._joined():
-            count += 1
+        generator, batches, count = epoch_generator(self.seed, self.epoch), self._checked(), 0
+        for count, (x, y) in enumerate(batches, 1):
+            for rest in islice(batches, len(self.loader) - count if count == self.length else 0):
+                x, y = torch.cat([x, rest[0]]), torch.cat([y, rest[1]])
             yield self.augment(x, generator) if self.augment else x, y
-        self.lengths[:] = [count]
-
-    def _joined(self) -> Iterator[tuple[Tensor, Tensor]]:
-        held: tuple[Tensor, Tensor] | None = None
-        for x, y in self._checked():
-            if held and joins(len(y), len(held[1])):
-                x, y = torch.cat([held[0], x]), torch.cat([held[1], y])
-            elif held:
-                yield held
-            held = x, y
-        if held is None:
+        if not count:
             raise DataError(EMPTY)
-        yield held
 
     def _checked(self) -> Iterator[tuple[Tensor, Tensor]]:
         low, high = math.inf, -math.inf
@@ -288,9 +282,10 @@ def stack_batches(batches: Batched) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def rebatch(x: Tensor, y: Tensor, size: int, like: Any) -> Batches:
-    """Images made of those of the batches `like`, in batches of `size`, with its seed and its augmentation."""
-    return Batches(x, (y,), size, like.seed, like.augment)
+def rebatch(x: Tensor, y: Tensor, size: int, like: Batched) -> Batches:
+    """Images made of those of `like` in batches of `size`, with its seed and its augmentation."""
+    given: Any = like
+    return Batches(x, (y,), size, given.seed, given.augment)
 
 
 def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:

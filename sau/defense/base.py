@@ -155,6 +155,7 @@ class Defense(Method, ABC):
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches, right))
             count = len(x) if per_epoch else min(method.batch_size, images)
+            count = max(count, images - count * (len(batches) - 1))  # the last batch may have a few more
             with seeded(seed):
                 twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
                 method.run(owned, batches, session)
