@@ -95,7 +95,7 @@ def order(batches: Batches) -> list[int]:
     (7, 3, {}, [3, 4]),  # the last one, which batch norm could not be trained with, joins those before it
     (1, 3, {}, [1]),
     (10, 4, {"seed": 0}, [4, 4, 2]),
-    (72, 32, {"seed": 0}, [32, 40]),  # from 8 images batch norm learns as little as from one
+    (72, 32, {"seed": 0}, [32, 40]),  # 8 images are too few for batch norm, as one is
     (74, 32, {"seed": 0}, [32, 32, 10]),
     (22, 8, {"seed": 0}, [8, 8, 6]),
     (19, 8, {"seed": 0}, [8, 11]),

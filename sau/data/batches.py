@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -231,7 +230,8 @@ class _Loader:
         self.loader, self.device, self.stats, self.seed = loader, device, stats, seed
         self.augment: Augment | None = None
         self.epoch, self.size = 0, None  # the loader's own
-        self.length, sampler, size = len(loader), getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+        self.length = len(loader)
+        sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
         if isinstance(sampler, Sized) and size and not getattr(loader, "drop_last", True):
             self.length = count_batches(len(sampler), size)
 
@@ -244,8 +244,9 @@ class _Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator, batches, count = epoch_generator(self.seed, self.epoch), self._checked(), 0
         for count, (x, y) in enumerate(batches, 1):
-            for rest in islice(batches, len(self.loader) - count if count == self.length else 0):
-                x, y = torch.cat([x, rest[0]]), torch.cat([y, rest[1]])
+            if count == self.length < len(self.loader):
+                for rest_x, rest_y in batches:
+                    x, y = torch.cat([x, rest_x]), torch.cat([y, rest_y])
             yield self.augment(x, generator) if self.augment else x, y
         if not count:
             raise DataError(EMPTY)
