@@ -179,7 +179,7 @@ def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
     few, *own = (method.adapted(net, 100) for net in (PreActResNet18(width=16), tiny_net(), nn.Linear(9, 9)))
     assert few.epochs * count_batches(100, few.batch_size) == pytest.approx(20 * 20, rel=0.05)
     found = [(one.distill, one.rho, one.weight_shared, one.adv_steps, one.patches) for one in (few, *own)]
-    assert found == [(0.25, 2.0, 1.0, 5, 0.5), (0.0, 2.0, 0.5, 5, 0.5), (0.0, 2.0, 0.5, 5, 0.5)] and few.lr == 0.01
+    assert found == [(0.25, 2.0, 1.0, 5, 0.5), (0.5, 0.5, 1.0, 5, 0.5), (0.0, 2.0, 0.5, 5, 0.5)] and few.lr == 0.01
     assert own[0].lr == pytest.approx(method.prepare(tiny_net(), range(1))["_sam"].rho / 100, rel=0.05)
     assert method.adapted(PreActResNet18(width=16), 2500) == method and SAUSAM().patches == 0.3
 

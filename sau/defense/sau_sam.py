@@ -71,8 +71,9 @@ class SAUSAM(TrainingDefense):
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm the rate falls as rho; for PreAct-ResNet18 it is halved, l2
-        doubled, and a quarter of the labels h_b's. Without batch norm Adam trains, and the search is SAU's."""
+        the images get a patch. With batch norm l2 is doubled, and the rate falls with the size, as rho does. For
+        PreAct-ResNet18 the rate is halved, and a quarter of the labels are h_b's; for others rho is a quarter, and half
+        of the labels are h_b's. Without batch norm Adam trains, and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate = self.lr * size_factor(model)
@@ -82,7 +83,7 @@ class SAUSAM(TrainingDefense):
         elif is_published(model):
             how = {"lr": float(f"{rate / 2:.1e}"), "weight_shared": 1.0, "distill": 0.25}
         else:
-            how = {"lr": float(f"{rate:.1e}")}
+            how = {"lr": float(f"{rate:.1e}"), "weight_shared": 1.0, "distill": 0.5, "rho": self.rho / 4}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
