@@ -31,11 +31,11 @@ from sau.types import Labels, Logits, Pixels, Scalar
 TINY = 1e-12  # keeps a norm of 0 from dividing
 
 
-def smoothed_loss(z: Logits, y: Labels, share: float, reduction: str = "mean") -> Tensor:
-    """Cross-entropy against 1 - share for the label, with `share` spread evenly over the other classes."""
+def smoothed_loss(z: Logits, y: Labels, share: float) -> Scalar:
+    """Mean cross-entropy against 1 - share for the label, with `share` spread evenly over the other classes."""
     classes = z.shape[1]
     # torch spreads over all classes, the label's own included; this much of it leaves the label exactly 1 - share.
-    return F.cross_entropy(z, y, label_smoothing=share * classes / max(1, classes - 1), reduction=reduction)
+    return F.cross_entropy(z, y, label_smoothing=share * classes / max(1, classes - 1))
 
 
 @contextmanager

@@ -8,10 +8,10 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
-smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015), `distill_errors` the
-whole where h_b does not answer y. In L, h is in train mode. The running statistics of batch norm are those of the clean
-images alone; the perturbed images are normalised by the statistics of their own batch. First h loses what no clean
-image opens (`cut_closed`): no gradient would reach it.
+smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015). In L, h
+is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
+normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
+would reach it.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
 trigger.
@@ -52,7 +52,7 @@ class SAUSAM(TrainingDefense):
     name = "sau-sam"
     gradients = "images"
     few_suffice = True
-    later = ("distill", "distill_errors")
+    later = ("distill",)
 
     epochs: int = 10
     batch_size: int = 128
@@ -65,30 +65,25 @@ class SAUSAM(TrainingDefense):
     rho: float = param(2.0, "radius of N(w) for 700,000 weights or more; below, it goes with their root", ge=0)
     label_smoothing: float = param(0.1, "share of the label that the other classes get", ge=0, le=0.5)
     distill: float = param(0.0, "share of h_b's probabilities in the labels of the clean loss", ge=0, le=1)
-    distill_errors: bool = param(False, "h_b's probabilities are the whole label of images that h_b gets wrong")
     weight_shared: float = param(0.5, "l2, of the loss on shared examples", ge=0)
     patches: float = param(0.3, PATCHES_HELP, ge=0, lt=1)
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm the rate falls with the size, as rho does. For PreAct-ResNet18 the rate
-        is halved, and a quarter of the labels are h_b's; for others rho is a quarter, and half of the labels are h_b's.
-        Without batch norm Adam trains, the search is SAU's, and of few images those that h_b gets wrong have its
-        labels. Few images double l2."""
-        few = images < ENOUGH
-        if (norm := has_batch_norm(model)) and not few:
+        the images get a patch. With batch norm l2 is doubled, and the rate falls with the size, as rho does. For
+        PreAct-ResNet18 the rate is halved, and a quarter of the labels are h_b's; for others rho is a quarter, and half
+        of the labels are h_b's. Without batch norm Adam trains, and the search is SAU's."""
+        if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate = self.lr * size_factor(model)
         if not norm:
             how: dict[str, Any] = {"client_optimizer": "adam", "lr": weight_rate(model), "lr_scheduler": "OneCycleLR"}
-            how |= {"pgd_init": "max", "adv_lr": 0.2, "distill_errors": few}
+            how |= {"pgd_init": "max", "adv_lr": 0.2}
         elif is_published(model):
-            how = {"lr": float(f"{rate / 2:.1e}"), "distill": 0.25}
+            how = {"lr": float(f"{rate / 2:.1e}"), "weight_shared": 1.0, "distill": 0.25}
         else:
-            how = {"lr": float(f"{rate:.1e}"), "distill": 0.5, "rho": self.rho / 4}
-        if few:
-            how["weight_shared"] = 1.0
+            how = {"lr": float(f"{rate:.1e}"), "weight_shared": 1.0, "distill": 0.5, "rho": self.rho / 4}
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
@@ -132,12 +127,9 @@ class SAUSAM(TrainingDefense):
         """L from the logits of the clean images."""
         with perturbed(model, (), ()):  # the statistics of this batch do not enter the running ones
             z = model(adversarial)
-        how = "none" if self.distill_errors else "mean"
-        soft = F.cross_entropy(logits, q, reduction=how)
-        label = self.distill * soft + (1 - self.distill) * smoothed_loss(logits, y, self.label_smoothing, how)
-        if self.distill_errors:
-            label = torch.where(q.argmax(1) == y, label, soft).mean()
-        loss = label + self.weight_shared * unsharing_loss(z, s, mask)
+        label = smoothed_loss(logits, y, self.label_smoothing)
+        loss = self.distill * F.cross_entropy(logits, q) + (1 - self.distill) * label
+        loss = loss + self.weight_shared * unsharing_loss(z, s, mask)
         if self.weight_true:
             loss = loss + self.weight_true * (mask * F.cross_entropy(z, y, reduction="none")).mean()
         return loss
