@@ -107,9 +107,6 @@ class RunContext:
         return replace(self, stage=stage)
 
 
-Session = RunContext  # its earlier name
-
-
 @dataclass
 class _Place:
     """How far a run has come, and the sums of what its current epoch reported."""
