@@ -120,15 +120,11 @@ class Augment:
         return torch.cat([corners, mirrored.long()]).expand(3, size)
 
 
-def joins(rest: int, size: int) -> bool:
-    """Whether a rest of images joins the batch before it, of `size`: one image, or fewer than 10 that are also fewer
-    than half a batch. Batch norm in train mode cannot estimate a channel's deviation from so few."""
-    return 0 < rest < min(10, size, max(2, size / 2))
-
-
 def count_batches(images: int, size: int) -> int:
-    """How many batches of `size` they make; a few that are left over join the last one."""
-    return -(-images // size) - (images > size and joins(images % size, size))
+    """How many batches of `size` they make. A rest of one image, or of fewer than 10 that are also fewer than half a
+    batch, joins the last one: batch norm in train mode cannot estimate a channel's deviation from so few."""
+    joins = images > size and 0 < images % size < min(10, size, max(2, size / 2))
+    return -(-images // size) - joins
 
 
 @dataclass(eq=False)
