@@ -107,32 +107,25 @@ _TENSORS = ("pixels", "labels", "true_labels", "role", "index")
 
 def sample(clean: Images, triggered: Images | None, count: int, seed: int = 0) -> tuple[Images, Images | None]:
     """`count` of the clean images, drawn by `seed`, and the triggered ones that are made from them; `index` of both is
-    the position in the sample. ConfigError for a count below 1, DataError where there are no images."""
+    the position in the sample. ConfigError for a count below 1, DataError where there are no images and as `paired`."""
     require("samples", count, count >= 1, "1 and more")
     if len(clean) == 0:
         raise DataError("there are no clean images to draw samples from; give at least one")
     kept = torch.randperm(len(clean), generator=generator(seed))[:count].sort().values.to(clean.labels.device)
-    drawn = replace(clean[kept], index=torch.arange(len(kept), device=kept.device))
-    if triggered is None or len(triggered) == 0:
-        return drawn, None
-    place = _positions(clean[kept], triggered)
-    found = place >= 0
-    return drawn, replace(triggered[found], index=place[found]) if found.any() else None
+    some = clean[kept]
+    drawn = replace(some, index=torch.arange(len(kept), device=kept.device))
+    left = None if triggered is None else triggered[torch.isin(triggered.index, some.index)]
+    return drawn, replace(left, index=paired(some, left)) if left else None
 
 
 def paired(clean: Images, triggered: Images) -> Labels:
     """The position in `clean` of the image that each triggered one is made from; DataError unless each has one."""
-    place = _positions(clean, triggered)
+    where = torch.full((1 + max(int(clean.index.max()), int(triggered.index.max())),), -1).to(clean.index)
+    where[clean.index] = torch.arange(len(clean), device=where.device)
+    place = where[triggered.index]
     if not (place >= 0).all() or not torch.equal(clean.labels[place], triggered.true_labels):
         raise DataError("the triggered images are not all made from these clean ones, by their `index` and true labels")
     return place
-
-
-def _positions(clean: Images, triggered: Images) -> Labels:
-    """The same; -1 for an image that is not in `clean`."""
-    where = torch.full((1 + max(int(clean.index.max()), int(triggered.index.max())),), -1).to(clean.index)
-    where[clean.index] = torch.arange(len(clean), device=where.device)
-    return where[triggered.index]
 
 
 def last_of_each(labels: Labels, share: float) -> Tensor:
