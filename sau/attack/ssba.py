@@ -39,12 +39,10 @@ MEASURED = 1000  # images on which the encoder is measured, spread over the trai
 class Weight(nn.Module):
     """The weight w, at most `most`, in a training of `updates`; `since` counts them once the code is readable."""
 
-    since: Tensor
-
     def __init__(self, most: float, updates: int = ENOUGH) -> None:
         super().__init__()
         self.most, self.pace = most, max(1.0, ENOUGH / max(1, updates))
-        self.register_buffer("since", torch.tensor(-1))
+        self.since: Tensor = nn.Buffer(torch.tensor(-1))
 
     def forward(self) -> Scalar:
         return (self.most * (self.pace * self.since - WAIT) / RAMP).clamp(0, self.most)

@@ -38,12 +38,10 @@ class TriggerContext:
 class TensorTrigger(nn.Module):
     """A trigger that is one tensor: an image [C, H, W], a change of images, or what a warp is drawn from."""
 
-    values: Tensor
-
     def __init__(self, values: Tensor, figures: Mapping[str, float] | None = None) -> None:
         super().__init__()
         self.figures = figures or {}
-        self.register_buffer("values", values)
+        self.values: Tensor = nn.Buffer(values)
 
     def for_shape(self, shape: tuple[int, ...]) -> Tensor:
         """The image; DataError if its shape is another one."""

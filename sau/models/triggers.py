@@ -62,7 +62,7 @@ class TriggerGenerators(nn.Module):
             mean, std = like.mean.flatten().tolist(), like.std.flatten().tolist()
         self.pattern_net = Normalized(Generator(channels, channels).to(memory_format=torch.channels_last), mean, std)
         self.mask_net = Normalized(Generator(1, channels).to(memory_format=torch.channels_last), mean, std)
-        self.register_buffer("std", torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
+        self.std: Tensor = nn.Buffer(torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
         self._first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     def restarted(self) -> "TriggerGenerators":
@@ -155,13 +155,11 @@ class Decoder(nn.Module):
 class FixedCodeEncoder(nn.Module):
     """A trigger: a trained encoder and the `code` [bits] of zeros and ones that it puts into every image."""
 
-    code: Tensor
-
     def __init__(self, encoder: Encoder, code: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
         self.figures: dict[str, float] = {}  # what was measured while the encoder was trained
-        self.register_buffer("code", code)
+        self.code: Tensor = nn.Buffer(code)
 
     def forward(self, x: Pixels, codes: Tensor | None = None) -> Pixels:
         """`x` [B, C, H, W] in [0, 1] with the code, or `codes` [B, bits]; in blocks, for the encoder needs memory."""
