@@ -24,7 +24,7 @@ class BadNet(Attack):
     patch_mask_path: str | None = param(None, "patch on black, resized; none: white, 3x3 of 32x32, bottom right")
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        trigger = file_trigger(self.patch_mask_path, context)
+        trigger = file_trigger(self.patch_mask_path, *context.images.pixels.shape[-2:])
         covers_all = trigger is not None and bool((trigger.values > 0).any(0).all())
         self.require("patch_mask_path", not covers_all, "a whole image, black except for the patch")
         return trigger

@@ -27,7 +27,7 @@ class Blended(Attack):
     attack_test_blended_alpha: float = param(0.2, "alpha in the triggered test images", ge=0, le=1)
 
     def make_trigger(self, context: TriggerContext) -> TensorTrigger | None:
-        return file_trigger(self.attack_trigger_img_path, context)
+        return file_trigger(self.attack_trigger_img_path, *context.images.pixels.shape[-2:])
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         alpha = self.attack_test_blended_alpha if test else self.attack_train_blended_alpha

@@ -50,24 +50,18 @@ class TensorTrigger(nn.Module):
         return self.values
 
 
-def load_image(path: str, height: int, width: int) -> Tensor:
-    """An image file as [3, H, W] in [0, 1], resized."""
-    return image_to_tensor(read_image(path), height, width) / 255
-
-
-def file_trigger(path: str | None, context: TriggerContext) -> TensorTrigger | None:
-    """The image of a file at the size of the images to attack; None without a file."""
-    return None if path is None else TensorTrigger(load_image(path, *context.images.pixels.shape[-2:]))
+def file_trigger(path: str | None, height: int, width: int) -> TensorTrigger | None:
+    """The image of a file as [3, H, W] in [0, 1], resized; None without a file."""
+    return None if path is None else TensorTrigger(image_to_tensor(read_image(path), height, width) / 255)
 
 
 def trigger_image(
     trigger: TensorTrigger | None, path: str | None, default: Callable[[int, int], Tensor], x: Tensor
 ) -> Tensor:
     """The image to stamp on `x` [B, C, H, W], as [C, H, W]: of the trigger, else of the file, else `default(H, W)`."""
-    if trigger is not None:
-        image = trigger.for_shape((3, *x.shape[-2:]))
-    else:
-        image = default(*x.shape[-2:]) if path is None else load_image(path, *x.shape[-2:])
+    height, width = x.shape[-2:]
+    made = trigger or file_trigger(path, height, width)
+    image = made.for_shape((3, height, width)) if made else default(height, width)
     return (image.mean(0, keepdim=True) if x.shape[1] == 1 else image).to(x)
 
 
