@@ -160,9 +160,10 @@ class SAU(AdversarialTraining):
     ) -> tuple[Change, Labels]:
         """The inner problem, by sign steps: the perturbations e, and s, the answers of h_b on x + e.
 
-        `clean` and `clean_ref` are the answers of h and h_b on x. A shared image has no gradient and stays where it
-        is. On the CPU the batch is searched in chunks and shared images leave theirs, as many as keep its size whole
-        buckets. Elsewhere counting them would make the device wait, and compiled networks know few sizes.
+        `clean` and `clean_ref` are the answers of h and h_b on x. With `stop_fooled` a network's cross-entropy counts
+        until it is fooled, JS until the image is shared; then it has no gradient and stays where it is. On the CPU the
+        batch is searched in chunks and shared images leave theirs, as many as keep its size whole buckets. Elsewhere
+        counting them would make the device wait, and compiled networks know few sizes.
         """
         n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", False)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
@@ -175,8 +176,13 @@ class SAU(AdversarialTraining):
                 answer, answer_ref = z.argmax(1), z_ref.argmax(1)
                 fooled, fooled_ref = answer != base[active], answer_ref != base_ref[active]
                 shared = fooled & fooled_ref & (answer == answer_ref)
-                loss = self.search_loss(z, z_ref, y[active], fooled, fooled_ref, shared) / n
-                (gradient,) = torch.autograd.grad(loss, d)  # with respect to d alone: no weight gradients
+                # Minus the inner objective: l4 * JS - l3 * 1/2 [CE + CE_b].
+                ce, ce_ref = (F.cross_entropy(logits, y[active], reduction="none") for logits in (z, z_ref))
+                js = jensen_shannon(z, z_ref)
+                if self.stop_fooled:
+                    ce, ce_ref, js = ~fooled * ce, ~fooled_ref * ce_ref, ~shared * js
+                loss = self.inner_shared * js.sum() - self.inner_adv * (ce.sum() + ce_ref.sum()) / 2
+                (gradient,) = torch.autograd.grad(loss / n, d)  # with respect to d alone: no weight gradients
                 delta[active] = ball.into(x[active], d.detach() - self.adv_lr * gradient.sign())
                 if may_shrink and self.stop_fooled:
                     s[active] = answer_ref  # final where shared, else found anew below
@@ -187,16 +193,3 @@ class SAU(AdversarialTraining):
                 with torch.no_grad():
                     s[active] = reference(x[active] + delta[active]).argmax(1)
         return delta, s
-
-    def search_loss(
-        self, z: Logits, z_ref: Logits, y: Labels, fooled: Flags, fooled_ref: Flags, shared: Flags
-    ) -> Scalar:
-        """Minus the inner objective, summed over images: l4 * JS - l3 * 1/2 [CE + CE_b].
-
-        With `stop_fooled` a network's cross-entropy counts until it is fooled, JS until the image is shared.
-        """
-        ce, ce_ref = (F.cross_entropy(logits, y, reduction="none") for logits in (z, z_ref))
-        js = jensen_shannon(z, z_ref)
-        if self.stop_fooled:
-            ce, ce_ref, js = ~fooled * ce, ~fooled_ref * ce_ref, ~shared * js
-        return self.inner_shared * js.sum() - self.inner_adv * (ce.sum() + ce_ref.sum()) / 2
