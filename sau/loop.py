@@ -75,11 +75,6 @@ class RunContext:
         """What `checkpoint` loads; None where there is nothing."""
         return None if self.checkpoint is None else self.checkpoint.load()
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is a checkpoint to resume, so that what precedes the first run is not repeated."""
-        return self.last_checkpoint is not None
-
     def restore_later_stage(self, **objects: Any) -> bool:
         """Whether the checkpoint is of a later stage; if so, the objects are loaded from it, by name."""
         kept = self.last_checkpoint

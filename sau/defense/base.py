@@ -200,7 +200,8 @@ class TrainingDefense(Training, Defense):
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         # Without an update the network would be left with what `prepare` made of it, like a random classifier.
-        if session.limit is not None and not session.begun and session.time_is_up("round 1, before its first batch"):
+        fresh = session.limit is not None and session.last_checkpoint is None
+        if fresh and session.time_is_up("round 1, before its first batch"):
             session.say("warning: no update was made, so the network is unchanged; give more --max_minutes")
         elif self.epochs:
             self.train(self.prepare(model, batches), batches, session)

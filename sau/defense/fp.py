@@ -50,7 +50,7 @@ class FP(TrainingDefense):
         (name,) = (name for name, layer in model.named_modules() if layer is layers[0])
         units = layers[0].get_parameter("weight").shape[1 if self.unit == "linear_input" else 0]
         pruned = nn.Parameter(torch.zeros(units, dtype=torch.bool, device=clean[0].device), requires_grad=False)
-        if not session.begun:  # otherwise `pruned` is in the checkpoint
+        if session.last_checkpoint is None:  # otherwise `pruned` is in the checkpoint
             held = None
             if self.select == "defender":  # the oracle measures on the test set, so that all clean images may rank
                 clean, held = pruning.hold_out(*clean, self.held_back)
