@@ -55,9 +55,13 @@ class D3(TrainingDefense):
         """Put every W where it starts."""
         spheres = [FixedNormWeight(weight) for weight in self.driven(model, first_batch(batches)[0][:1])]
         for sphere in spheres:
-            sphere.weight.copy_(self.first(sphere.origin))
             if self.start == "random":
+                sphere.weight.copy_(uniform(sphere.origin, 0.5))
                 sphere.project()
+            elif self.start == "noise":
+                sphere.weight.add_(sphere.origin.std() * torch.randn(sphere.origin.shape).to(sphere.origin))
+            else:
+                sphere.weight.mul_({"near": 1, "middle": 0, "far": -1}[self.start])
         return {**super().prepare(model, batches), "spheres": spheres}
 
     def driven(self, model: nn.Module, x: Pixels) -> list[Tensor]:
@@ -71,14 +75,6 @@ class D3(TrainingDefense):
             raise ConfigError(f"layers is {','.join(self.layers)}, but no convolution or linear layer is inside")
         weights = [require_plain_weight(layer, self.name).weight for layer in found]
         return list({id(weight): weight for weight in weights}.values())
-
-    def first(self, origin: Tensor) -> Tensor:
-        """Where W starts."""
-        if self.start == "random":
-            return uniform(origin, 0.5)
-        if self.start == "noise":
-            return origin + origin.std() * torch.randn(origin.shape).to(origin)
-        return {"near": 1, "middle": 0, "far": -1}[self.start] * origin
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         spheres = state["spheres"]
