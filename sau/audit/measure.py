@@ -27,7 +27,6 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import torch
@@ -37,10 +36,11 @@ from torch import Tensor, nn
 from sau.data.batches import generator
 from sau.data.images import Augment, Images, to_float
 from sau.defense.ft_sam import FT
+from sau.defense.nad import features
 from sau.defense.npd import held_losses
 from sau.errors import require
 from sau.loop import RunContext
-from sau.models.normalized import forward_hooks, full_precision
+from sau.models.normalized import full_precision
 from sau.types import Labels, Universal
 
 DRAW = 42  # the attacker's draws begin here, the defender's at the seed of the defense: they are independent
@@ -174,11 +174,5 @@ def bec(s: float, clean: float) -> float | None:
 @torch.no_grad()
 def _outputs(model: nn.Module, images: Images, names: Sequence[str]) -> dict[str, Tensor]:
     """The output of each layer. A layer that NPD put a polarizer before has its old name."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        found[name] = output.clone()  # networks may change it in place
-
-    with full_precision(model), forward_hooks((model.get_submodule(name), partial(keep, name)) for name in names):
-        model(to_float(images.pixels))
-    return found
+    with full_precision(model):
+        return features(model, names, to_float(images.pixels))[1]

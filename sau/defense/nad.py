@@ -28,7 +28,7 @@ from sau.errors import ConfigError
 from sau.loop import RunContext
 from sau.models.normalized import at_least_fp32, eval_mode, forward_hooks, resolve_layer
 from sau.optim import Schedule
-from sau.types import Batched, Labels, Logits, Pixels
+from sau.types import Batched, Labels, Pixels
 
 POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
@@ -103,8 +103,8 @@ def attention(f: Tensor, p: float) -> Tensor:
     return maps / (torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True) + 1e-6)
 
 
-def features(model: nn.Module, layers: Iterable[str], x: Pixels) -> tuple[Logits, dict[str, Tensor]]:
-    """Logits, and what the layers answer with, by name, in the order in which they end."""
+def features(model: nn.Module, layers: Iterable[str], x: Pixels) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the network answers with, and its layers, by name, in the order in which they end."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
