@@ -32,18 +32,6 @@ Labelled = tuple[Tensor, Tensor]  # images [B, C, H, W] and labels [B]
 SETTLED = 1e-10  # v is taken for solved once a step changes it by less, in its 2-norm
 
 
-def solve(slope: Tensor, delta: Tensor, g: Tensor, steps: int, rate: float) -> Tensor:
-    """v after `steps` (at least 1) of v <- (dF/dd)^T v + g from v = 0, where F = delta - rate * slope: `slope` is
-    grad_d l_in, with the graph that leads to `delta`, and `g` is d l_out / d delta."""
-    v = g
-    for _ in range(steps - 1):
-        (curved,) = torch.autograd.grad(slope, delta, v, retain_graph=True)  # the Hessian of l_in times v
-        before, v = v, v - rate * curved + g
-        if float((v - before).norm()) < SETTLED:
-            break
-    return v
-
-
 class IBAU(TrainingDefense):
     """Unlearn one perturbation of all images, by implicit gradients.
 
@@ -132,7 +120,12 @@ class IBAU(TrainingDefense):
         # Only the carriers' terms depend on the perturbation: an image or two, not the whole batch.
         carried = F.cross_entropy(model(x[carriers] + self.in_pixels(model, d)), y[carriers], reduction="sum")
         (g,) = torch.autograd.grad(carried / len(x), d)
-        v = solve(slope, d, g, self.K, self.fixed_point_lr)
+        v = g  # after the first of K rounds of v <- (dF/dd)^T v + g from 0, where F = d - r * slope
+        for _ in range(self.K - 1):
+            (curved,) = torch.autograd.grad(slope, d, v, retain_graph=True)  # the Hessian of l_in times v
+            before, v = v, v - self.fixed_point_lr * curved + g
+            if float((v - before).norm()) < SETTLED:
+                break
         stamped = x.index_add(0, carriers, self.in_pixels(model, delta).expand(len(carriers), *x.shape[1:]))
         outer = F.cross_entropy(model(stamped), y)
         return outer - self.fixed_point_lr * (v * slope).sum(), outer, inner
