@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from sau.errors import NO_YAML, ConfigError, refuse
+from sau.errors import NO_YAML, ConfigError, require
 from sau.files import read
 
 BOUNDS = {"ge": ("at least", ge), "gt": ("above", gt), "le": ("up to", le), "lt": ("below", lt)}
@@ -101,13 +101,13 @@ def check(settings: Any, of: str = "") -> None:
         if not (words := _words(option.hint)):  # a method of somebody's own may have a field that cannot be a flag
             continue
         value = getattr(settings, name)
+        same = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, os.PathLike) else value
         try:
             found = option.parse(value)
+            ok = found == same and isinstance(found, bool) == isinstance(value, bool)  # a flag's text is no value
         except ConfigError as error:
-            refuse(name + of, value, str(error.allowed))
-        same = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, os.PathLike) else value
-        if found != same or isinstance(found, bool) != isinstance(value, bool):  # a flag's text is no value
-            refuse(name + of, value, words)
+            ok, words = False, str(error.allowed)
+        require(name + of, value, ok, words)
 
 
 def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
 
 import yaml
 
@@ -52,15 +51,10 @@ class ConfigError(SauError):
         self.param, self.got, self.allowed = param, got, allowed
 
 
-def refuse(name: str, value: object, allowed: str) -> NoReturn:
-    """Raise a ConfigError with the parameter, its value and the allowed values."""
-    raise ConfigError(f"{name} is {value!r}, allowed is {allowed}", param=name, got=value, allowed=allowed)
-
-
 def require(name: str, value: object, ok: bool, allowed: str) -> None:
     """ConfigError with the parameter, its value and the allowed values, unless `ok`."""
     if not ok:
-        refuse(name, value, allowed)
+        raise ConfigError(f"{name} is {value!r}, allowed is {allowed}", param=name, got=value, allowed=allowed)
 
 
 class DataError(SauError):
