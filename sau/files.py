@@ -60,17 +60,9 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
 
 
-def parse_json(content: str | bytes) -> Any:
-    """The value of untrusted JSON; ValueError if it is not JSON or nested too deeply."""
-    try:
-        return json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file; OSError or ValueError if there is none."""
-    content = parse_json(read(path))
+    """The object in a small JSON file; OSError, ValueError or RecursionError if there is none."""
+    content = json.loads(read(path))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, allowed is an object")
     return content

@@ -2,6 +2,7 @@
 attacker spent, means over seeds.
 """
 
+import json
 import statistics
 import textwrap
 from collections import defaultdict
@@ -44,7 +45,7 @@ def read(place: Path) -> dict[str, Any]:
     there is none."""
     try:
         if place.parent.is_file():
-            lines = [files.parse_json(line) for line in files.read(place.parent).decode().splitlines()]
+            lines = [json.loads(line) for line in files.read(place.parent).decode().splitlines()]
             found: dict[str, Any] = next((line for line in lines if line.get("name") == place.name), {})
         else:
             found = files.read_json((place if (place / RESULT).is_file() else place / "audit") / RESULT)

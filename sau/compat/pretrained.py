@@ -3,6 +3,7 @@ came. Nothing is downloaded, no pickle is opened, and no code of a folder runs.
 """
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from sau.compat.weights import Weights
 from sau.data.decode import Preparation
 from sau.data.images import to_float
 from sau.errors import ConfigError, SauError, first_line, one_line
-from sau.files import parse_json, read
+from sau.files import read
 from sau.models import TIMM, Normalized, library
 from sau.run import OwnRun
 
@@ -99,7 +100,7 @@ def open_folder(folder: Path, names: Sequence[str] = ()) -> Pretrained:
     try:
         opened: Any = partial(_open_clip, names=names)
         if not clip:
-            opened = _transformers if "architectures" in parse_json(configs[CONFIG]) else _timm
+            opened = _transformers if "architectures" in json.loads(configs[CONFIG]) else _timm
         arch, net, shown, mean, std, apply, settings = opened(folder, found)
         _, height, width = apply(_PROBE).shape
     except (SauError, MemoryError):

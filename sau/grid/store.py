@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sau
-from sau.errors import RecordError
-from sau.files import existing, in_use, parse_json, read, write
+from sau.errors import MALFORMED, RecordError
+from sau.files import existing, in_use, read, write
 from sau.grid.engines import Cell
 from sau.record.folder import Record
 
@@ -96,11 +96,11 @@ def load(file: Path) -> dict[str, dict[str, Any]]:
         raise RecordError(f"cannot read {file}: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
-            content = parse_json(line)
+            content = json.loads(line)
             cell = content.pop("cell")
             if not isinstance(cell, str) or cell in summaries:
                 raise ValueError(f"cell is {str(cell)[:80]!r}, allowed is the name of a folder, once")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except MALFORMED as error:
             raise RecordError(f"{file}, line {number} is no summary ({error}); delete the line") from None
         summaries[cell] = content
     return summaries

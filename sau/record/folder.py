@@ -199,7 +199,7 @@ class Record:
         """`summary.json` of a finished folder; call `check` first."""
         try:
             return read_json(self.path / SUMMARY)
-        except (OSError, ValueError) as error:
+        except (OSError, *MALFORMED) as error:
             raise RecordError(f"cannot read {self.path / SUMMARY}: {error}") from None
 
     def _files(self) -> list[Path]:

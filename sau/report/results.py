@@ -1,5 +1,6 @@
 """Read result folders: what was measured, and what is wrong with a folder that does not count; means over results."""
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sau.errors import MALFORMED, RecordError
-from sau.files import MOST, is_number, parse_json, read
+from sau.files import MOST, is_number, read
 from sau.grid.store import load, parse_name
 from sau.record.attack_result import gate
 from sau.record.folder import CONFIG, MANIFEST, METRICS, OWN, SUMMARY, Record, run_kind
@@ -179,7 +180,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     RecordError for a line that is no row."""
     lines = read(folder / METRICS).splitlines() if (folder / METRICS).is_file() else []
     try:
-        rows = [{key: float(value) for key, value in parse_json(line).items() if is_number(value)} for line in lines]
+        rows = [{key: float(value) for key, value in json.loads(line).items() if is_number(value)} for line in lines]
         if not all("epoch" in row for row in rows):
             raise ValueError("a row has no epoch")
     except MALFORMED as error:
