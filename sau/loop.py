@@ -215,7 +215,7 @@ class _Progress:
             self.save()
             raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         self._refuse_broken()
-        if not (self.session.stage or self.place.epoch or self.place.batch):
+        if not (self.place.epoch or self.place.batch):
             self.session.say("warning: no update was made; give more --max_minutes")
         return True
 

@@ -141,9 +141,9 @@ def main() -> int:
     add("--columns", type=int, default=4, help="images of each attack, 1 and more [4]")
     add("--radius", type=float, default=quality.RADIUS, help="of the ball that triggers are counted in [0.2]")
     asked = parser.parse_args()
-    if asked.columns < 1 or not 0 < asked.radius <= 1:
+    if asked.columns < 1 or not 0 < asked.radius < 1:
         parser.error(
-            f"columns is {asked.columns} and radius {asked.radius}; allowed are 1 and more, and above 0 up to 1"
+            f"columns is {asked.columns} and radius {asked.radius}; allowed are 1 and more, and above 0 and below 1"
         )
     train, test = load(asked.dataset, asked.dataset_path, asked.img_size)
     lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]

@@ -563,6 +563,8 @@ def test_covers_carry_parts_of_the_trigger_and_keep_their_label(attack):
     assert torch.equal(poisoned.pixels[rows], quantise(ruled.stamp(to_float(images.pixels[rows]))))
     text = ruled.describe(poisoned, 128)
     assert len(ruled.poisoned_samples(poisoned)) == 50 and "20 of 200 images poisoned" in text and ", 30 covers" in text
+    with pytest.raises(ConfigError, match="cover_rate is 0.95, allowed is at most 0.9"):
+        with_(ruled, cover_rate=0.95).poison_train(images, 0)
 
 
 def test_adap_blend_by_hand():

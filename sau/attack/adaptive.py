@@ -40,7 +40,10 @@ class AdaptiveAttack(Attack):
         """As every attack; the covers are the images that follow in the same random order."""
         if (count := self.num_poisoned(images)) == 0:
             return images
-        rows = self.draw(images, seed, count + round(self.cover_rate * len(images)))
+        both = count + round(self.cover_rate * len(images))
+        rows = self.draw(images, seed, both)
+        left = f"at most {(len(rows) - count) / len(images):.3g}, what {count} poisoned images leave"
+        self.require("cover_rate", len(rows) == both, left)
         stamped = self.poison(images, rows)
         cover = torch.arange(len(rows), device=rows.device) >= count
         labels = torch.where(cover, images.labels[rows], stamped.labels)
