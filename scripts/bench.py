@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for released_sau
@@ -24,8 +24,9 @@ import torch
 from bench_parts import parts
 from bench_parts.setting import Setting
 
+from sau.config import check, options
 from sau.device import CPU_INFO
-from sau.errors import require, run_command
+from sau.errors import run_command
 from sau.files import write
 from sau.tools import Parser, add_device, use_device
 
@@ -59,10 +60,10 @@ def command_line() -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=about, description=about)
         part.add_argument("--dataset", default="digits", choices=("digits", "cifar10"), help="images [digits]")
         part.add_argument("--dataset_path", default="./data", help="folder of the data sets [./data]")
-        for field in fields(Setting):
-            if field.name in USED[name] | {"width", "batch_size", "repeats"}:
-                default = defaults.get(field.name, field.default)
-                part.add_argument(f"--{field.name}", type=int, default=default, help=f"[{default}]")
+        for option in options(Setting).values():
+            if option.name in USED[name] | {"width", "batch_size", "repeats"}:
+                default = defaults.get(option.name, option.default)
+                part.add_argument(f"--{option.name}", type=int, default=default, help=f"{option.about} [{default}]")
         add_device(part)
         part.add_argument("--json", type=Path, help="file to write the rows to")
     return parser
@@ -72,10 +73,9 @@ def main() -> int:
     """Run the part, print its rows, and write them where `--json` says."""
     args = command_line().parse_args()
     given = {name: value for name, value in vars(args).items() if name not in ("part", "json")}
-    for name in {"width", "batch_size", "steps", "images", "epochs", "rounds", "repeats"} & given.keys():
-        require(f"--{name}", given[name], given[name] >= 1, "1 and more")
     device = use_device(args)
     setting = Setting(**{**given, "device": device, "threads": torch.get_num_threads()})
+    check(setting)
     load_before = round(os.getloadavg()[0], 2)
     if load_before + setting.threads > joblib.cpu_count() + 0.5:
         print(f"warning: a load of {load_before} on {joblib.cpu_count()} cores; times will be long", file=sys.stderr)

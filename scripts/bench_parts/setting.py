@@ -9,6 +9,7 @@ import torch
 from bench_parts import released
 from torch import Tensor, nn
 
+from sau.config import param
 from sau.data.images import Images
 from sau.data.sources import Source, load, source
 from sau.errors import require
@@ -17,37 +18,20 @@ from sau.models import Normalized, build
 
 @dataclass(frozen=True)
 class Setting:
-    """What a part runs on; each field is a flag.
-
-    Args:
-        dataset: digits or cifar10.
-        dataset_path: folder of the data sets.
-        width: channels of the network's first stage.
-        batch_size: images an update.
-        steps: updates a repetition (train, sau, data).
-        images: test images (eval), training images (runs).
-        epochs: of the attack (runs).
-        rounds: of SAU (runs).
-        train_updates: updates that plant the backdoor (sau).
-        purify_updates: updates of SAU before the comparison (sau).
-        repeats: repetitions.
-        workers: processes of the released loaders.
-        device: where networks compute.
-        threads: CPU threads.
-    """
+    """What a part runs on; each field is a flag."""
 
     dataset: str = "digits"
     dataset_path: str = "./data"
-    width: int = 64
-    batch_size: int = 128
-    steps: int = 10
-    images: int = 500
-    epochs: int = 8
-    rounds: int = 10
-    train_updates: int = 60
-    purify_updates: int = 3
-    repeats: int = 5
-    workers: int = 0
+    width: int = param(64, "channels of the network's first stage", ge=1)
+    batch_size: int = param(128, "images an update", ge=1)
+    steps: int = param(10, "updates a repetition", ge=1)
+    images: int = param(500, "test images (eval), training images (runs)", ge=1)
+    epochs: int = param(8, "epochs of the attack", ge=1)
+    rounds: int = param(10, "rounds of SAU", ge=1)
+    train_updates: int = param(60, "updates that plant the backdoor", ge=0)
+    purify_updates: int = param(3, "updates of SAU before the comparison", ge=0)
+    repeats: int = param(5, "repetitions", ge=1)
+    workers: int = param(0, "processes of the released loaders", ge=0)
     device: torch.device = torch.device("cpu")
     threads: int = 1
 
