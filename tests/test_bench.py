@@ -14,35 +14,35 @@ from toys import REPOSITORY, environment, quiet, tiny_net, toy_images
 
 from sau.attack import BadNet
 from sau.data.images import Augment, to_float
-from sau.data.sources import Source
+from sau.data.sources import SOURCES, Source
 from sau.defense import SAU
 from sau.evaluate import score
 from sau.models import Normalized
 
-CPU = torch.device("cpu")
 ORIGIN = Source(16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), Augment(2), lambda root, size: (toy_images(), toy_images()))
 
 
-def test_the_released_evaluation_finds_the_same_shares(tmp_path):
+def test_the_released_evaluation_finds_the_same_shares(tmp_path, monkeypatch):
     """One image after the other through PNG files, normalised by the loader, in three passes instead of two."""
     test = toy_images(30, seed=3)
     triggered = BadNet().poison_test(test)
     net = tiny_net()
-    sets = released.evaluations(test, triggered, ORIGIN, tmp_path, 8, 0, CPU)
+    monkeypatch.setitem(SOURCES, "toy", ORIGIN)
+    sets = setting.Setting("toy", batch_size=8).tests(test, triggered, tmp_path)
     found = score(Normalized(net, ORIGIN.mean, ORIGIN.std), test, triggered)
     wanted = [share.hits / share.total for share in (found.acc, found.asr, found.racc) if share]
-    assert released.evaluate(net, sets, CPU) == pytest.approx(wanted, abs=1e-9)
+    assert released.evaluate(net, sets, torch.device("cpu")) == pytest.approx(wanted, abs=1e-9)
 
 
-def test_the_released_loader_gives_the_same_images(tmp_path):
+def test_the_released_loader_gives_the_same_images(tmp_path, monkeypatch):
     """Poisoned ones come from files, clean ones from memory; in training they are cropped."""
     poisoned = BadNet(pratio=0.5).poison_train(toy_images(20), 0)
-    files = released.Files(poisoned, poisoned.labels, released.transform(ORIGIN, False, normalise=False), tmp_path)
-    assert len(list(tmp_path.iterdir())) == len(files.files) == 10
-    x, y = next(iter(released.loader(files, 20, train=False, workers=0, device=CPU)))
+    monkeypatch.setitem(SOURCES, "toy", ORIGIN)
+    whole = setting.Setting("toy", batch_size=20).loader(poisoned, tmp_path, train=False, normalise=False)
+    assert len(list(tmp_path.iterdir())) == len(whole.dataset.files) == 10
+    ((x, y),) = whole
     assert torch.equal(x, to_float(poisoned.pixels)) and torch.equal(y, poisoned.labels)
-    cropped = released.Files(poisoned, poisoned.labels, released.transform(ORIGIN, True), tmp_path)
-    batches = list(released.loader(cropped, 8, train=True, workers=0, device=CPU))
+    batches = list(setting.Setting("toy", batch_size=8).loader(poisoned, tmp_path, train=True))
     assert [len(y) for _, y in batches] == [8, 8] and batches[0][0].shape == (8, 3, 16, 16)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from sau.data.images import Images
@@ -22,17 +22,14 @@ class Files(Dataset[tuple[Tensor, int]]):
     """Images that are opened, transformed and normalised one by one when they are asked for.
 
     Args:
-        images: what they show; those with a trigger are written to PNG files, the others stay arrays.
-        labels: what each is called.
+        images: those with a trigger are written to PNG files, the others stay arrays.
         transform: PIL image -> tensor.
         folder: for the files.
     """
 
-    def __init__(
-        self, images: Images, labels: Tensor, transform: Callable[[Image.Image], Tensor], folder: Path
-    ) -> None:
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], folder: Path) -> None:
         self.arrays = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
-        self.labels, self.transform = labels.tolist(), transform
+        self.labels, self.transform = images.labels.tolist(), transform
         self.files: dict[int, Path] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for place in (images.role > 0).nonzero().flatten().tolist():
@@ -55,15 +52,6 @@ def transform(origin: Source, train: bool, normalise: bool = True) -> Callable[[
         steps += [transforms.RandomHorizontalFlip()] if origin.augment.flip else []
     steps.append(transforms.ToTensor())
     return transforms.Compose([*steps, transforms.Normalize(origin.mean, origin.std)] if normalise else steps)
-
-
-def loader(files: Files, batch_size: int, *, train: bool, workers: int, device: torch.device) -> Batches:
-    """The loader of such images; `workers` processes, none of them meaning this one."""
-    pinned = device.type == "cuda"
-    return DataLoader(
-        files, batch_size, shuffle=train, drop_last=train, num_workers=workers, pin_memory=pinned,
-        persistent_workers=workers > 0,
-    )  # fmt: skip
 
 
 def train_epoch(net: nn.Module, sgd: torch.optim.Optimizer, batches: Batches, device: torch.device) -> float:
@@ -98,16 +86,3 @@ def evaluate(net: nn.Module, sets: Iterable[Batches], device: torch.device) -> l
                 seen += len(y)
         shares.append(right / seen)
     return shares
-
-
-def evaluations(
-    test: Images, triggered: Images, origin: Source, folder: Path, batch_size: int, workers: int, device: torch.device,
-    normalise: bool = True,
-) -> list[Batches]:  # fmt: skip
-    """The three test sets of the released evaluation, the triggered images being read twice."""
-    plain = transform(origin, False, normalise)
-    sets = [(test, test.labels), (triggered, triggered.labels), (triggered, triggered.true_labels)]
-    return [
-        loader(Files(images, labels, plain, folder / str(n)), batch_size, train=False, workers=workers, device=device)
-        for n, (images, labels) in enumerate(sets)
-    ]

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_parts import released
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from sau.config import param
 from sau.data.images import Images
@@ -31,7 +33,7 @@ class Setting:
     train_updates: int = param(60, "updates that plant the backdoor", ge=0)
     purify_updates: int = param(3, "updates of SAU before the comparison", ge=0)
     repeats: int = param(5, "repetitions", ge=1)
-    workers: int = param(0, "processes of the released loaders", ge=0)
+    workers: int = param(0, "processes of the released loaders, none of them meaning this one", ge=0)
     device: torch.device = torch.device("cpu")
     threads: int = 1
 
@@ -50,16 +52,18 @@ class Setting:
         mean, std = self.source.mean, self.source.std
         return build("preactresnet18", classes, width=self.width, mean=mean, std=std).to(self.device)
 
-    def loader(self, images: Images, folder: Path, *, train: bool, normalise: bool = True) -> released.Batches:
+    def loader(self, images: Images, folder: Path, *, train: bool, normalise: bool = True) -> DataLoader[Any]:
         """The released loader of these images."""
-        files = released.Files(images, images.labels, released.transform(self.source, train, normalise), folder)
-        return released.loader(files, self.batch_size, train=train, workers=self.workers, device=self.device)
+        files = released.Files(images, released.transform(self.source, train, normalise), folder)
+        return DataLoader(
+            files, self.batch_size, shuffle=train, drop_last=train, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda", persistent_workers=self.workers > 0,
+        )  # fmt: skip
 
-    def tests(self, test: Images, triggered: Images, folder: Path, *, normalise: bool = True) -> list[released.Batches]:
-        """The loaders of the released evaluation."""
-        return released.evaluations(
-            test, triggered, self.source, folder, self.batch_size, self.workers, self.device, normalise
-        )
+    def tests(self, test: Images, triggered: Images, folder: Path, *, normalise: bool = True) -> list[DataLoader[Any]]:
+        """The three test sets of the released evaluation, the triggered images being read twice."""
+        sets = test, triggered, replace(triggered, labels=triggered.true_labels)
+        return [self.loader(each, folder / str(n), train=False, normalise=normalise) for n, each in enumerate(sets)]
 
 
 def first(images: Images, count: int) -> Images:
