@@ -104,11 +104,13 @@ def defense_table(results: list[Result], name: str) -> str:
         return few(name).lstrip()
     table = published()["tables"].get(name)
     rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
-    rows.insert(0, defense_mean([own for (attack, chosen), own in groups.items() if attack != CLEAN and not chosen]))
+    fair = {attack: own for (attack, oracle), own in groups.items() if not oracle}
+    rows.insert(0, defense_mean([own for attack, own in fair.items() if attack != CLEAN]))
     head = ["attack", "ACC", "ASR", "R-ACC", "DER"] + ["published: ACC / ASR"] * bool(table)
     source = re.split("; (?:DER|R-ACC)", table["source"])[0] if table else ""
-    about = f"Recipe `cpu`{recipe('defense', name)}; {cost(list(groups.values()))} ([columns](README.md#tables))."
-    about += f" Published: {source}." * bool(table)
+    times = [statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in fair.values()]
+    about = f"Recipe `cpu`{recipe('defense', name)}; {min(times):.0f} to {max(times):.0f} s"
+    about += " ([columns](README.md#tables))." + f" Published: {source}." * bool(table)
     flags = flagged([result for result in results if result.defense == name])
     return f"{wrapped(about)}\n{markdown(head, rows)}{flags}{few(name)}"
 
@@ -139,7 +141,7 @@ def defense_row(attack: str, own: list[Result]) -> list[str]:
     who = ", **oracle**" * own[0].oracle
     texts = [attack + dead + who, *columns(own, "acc", "asr", "racc", "der")]
     table = published()["tables"].get(own[0].defense)
-    return texts + ([published_cell(table, attack, own[0].oracle)] if table else [])
+    return texts + ([published_cell(table, table["rows"].get(attack), own[0].oracle)] if table else [])
 
 
 def means(groups: list[list[Result]], *names: str) -> list[str]:
@@ -154,14 +156,12 @@ def defense_mean(groups: list[list[Result]]) -> list[str]:
     table = published()["tables"].get(groups[0][0].defense)
     if table:
         rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
-        mean = mean_row(rows)[:2] if len(rows) == len(groups) else []
-        texts.append(" / ".join(figures(mean)) + " †" * (table["selection"] == "oracle") if mean else "-")
+        texts.append(published_cell(table, mean_row(rows) if len(rows) == len(groups) else None, oracle=False))
     return texts
 
 
-def published_cell(table: dict[str, Any], attack: str, oracle: bool) -> str:
+def published_cell(table: dict[str, Any], row: Row | None, oracle: bool) -> str:
     """ACC / ASR as published, marked if test sets chose only there; a dash if they chose only here."""
-    row = table["rows"].get(attack)
     if row is None or (oracle and table["selection"] != "oracle"):
         return "-"
     return " / ".join(figures(row[:2])) + " †" * (table["selection"] == "oracle" and not oracle)
@@ -179,9 +179,3 @@ def flagged(results: list[Result]) -> str:
     ]
     about = "Flagged classes, with `/` between seeds; any class of `prototype` is a false alarm"
     return f"\n{about}:\n{'; '.join(texts)}.\n" if texts else ""
-
-
-def cost(groups: list[list[Result]]) -> str:
-    """Seconds of the quickest and of the slowest attack's runs."""
-    seconds = [statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in groups if not own[0].oracle]
-    return f"{min(seconds):.0f} to {max(seconds):.0f} s"
