@@ -24,7 +24,7 @@ from sau import quality
 from sau.attack import ATTACKS, DFBA, LC, SSBA, Attack, InputAware
 from sau.data.images import Images, evenly_spaced
 from sau.data.sources import fingerprint, load
-from sau.errors import SauError, run_command
+from sau.errors import SauError, require, run_command
 from sau.files import write
 from sau.models import build
 from sau.optim import Training
@@ -47,8 +47,7 @@ class Line:
 
 def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Record] | None:
     """The triggered test images of the newest finished record of an attack on test images of this fingerprint."""
-    found = []
-    for manifest in root.glob("*/manifest.json"):
+    for manifest in sorted(root.glob("*/manifest.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         record = Record(manifest.parent)
         try:
             made = record.check()
@@ -57,11 +56,8 @@ def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Recor
         method, data = made.get("method") or {}, made.get("data") or {}
         learned = method.get("pratio") or not attack.poisons
         if method.get("attack") == attack.name and data.get("test") == test and learned:
-            found.append((manifest.stat().st_mtime, record))
-    for _, record in sorted(found, key=lambda pair: pair[0], reverse=True):
-        images = load_images(record, "triggered")
-        if images is not None:
-            return images, record
+            if (images := load_images(record, "triggered")) is not None:
+                return images, record
     return None
 
 
@@ -141,10 +137,8 @@ def main() -> int:
     add("--columns", type=int, default=4, help="images of each attack, 1 and more [4]")
     add("--radius", type=float, default=quality.RADIUS, help="of the ball that triggers are counted in [0.2]")
     asked = parser.parse_args()
-    if asked.columns < 1 or not 0 < asked.radius < 1:
-        parser.error(
-            f"columns is {asked.columns} and radius {asked.radius}; allowed are 1 and more, and above 0 and below 1"
-        )
+    require("--columns", asked.columns, asked.columns >= 1, "1 and more")
+    require("--radius", asked.radius, 0 < asked.radius < 1, "above 0 and below 1")
     train, test = load(asked.dataset, asked.dataset_path, asked.img_size)
     lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]
     write(Path(asked.out), draw(lines, asked.columns))
