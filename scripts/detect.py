@@ -15,7 +15,6 @@ They see images and labels alone. What is known of the poison measures them: TPR
 and of the other images that are flagged, AUROC is of the scores.
 """
 
-import argparse
 import csv
 import io
 import sys
@@ -98,7 +97,7 @@ def scaling(model: nn.Module, pixels: Bytes) -> Found:
 
 
 def main() -> None:
-    """Score the training images of one record."""
+    """Score the training images of one record: print the table, and write the scores."""
     parser = Parser(__doc__)
     parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--record_root", default="./record", help="folder of the result folders [./record]")
@@ -107,11 +106,7 @@ def main() -> None:
     parser.add_argument("--expected", type=float, default=0.1, help=about)
     parser.add_argument("--out", type=Path, help="CSV file for the scores of every image")
     add_device(parser)
-    detect(parser.parse_args())
-
-
-def detect(asked: argparse.Namespace) -> None:
-    """Print the table, and write the scores."""
+    asked = parser.parse_args()
     require("--expected", asked.expected, 0 < asked.expected <= 2 / 3, "above 0 and up to 2/3")
     device, attacked = use_device(asked), attack_result.load(existing(asked.record_root, asked.name))
     train, kind = attacked.given(attacked.images(asked.dataset_path)[0], "poisoned")
