@@ -130,7 +130,8 @@ def _overview(section: Section) -> str:
     rows = dict(sorted(rows.items(), key=lambda row: (row[0] != NONE, -(_mean_of_known(row[1], "der") or 0))))
     paper = {cell.attack_name: cell.attack for cell, _ in published_rows(section)}
     attacks = list(dict.fromkeys(attack for cells in rows.values() for attack in cells))
-    took = [attack for attack in attacks if any(_counts(cells.get(attack)) for cells in rows.values())] or attacks
+    counted = {cell.attack_name for cell in section.cells if cell.figures["asr"] and not cell.dead}
+    took = [attack for attack in attacks if attack in counted] or attacks
     body = []
     for name, cells in rows.items():
         means = [_mean(cells, took, figure) for figure in PERCENT]
@@ -139,10 +140,6 @@ def _overview(section: Section) -> str:
     head = ["defense", "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]  # first, so that nobody has to scroll to them
     head += ["published: ACC", "ASR", "R-ACC", "DER"] if paper else []
     return markdown([*head, *attacks], body)
-
-
-def _counts(cell: TableCell | None) -> bool:
-    return cell is not None and cell.figures["asr"] is not None and not cell.dead
 
 
 def _mean(cells: dict[str, TableCell], attacks: list[str], name: str) -> float | None:
