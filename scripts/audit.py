@@ -17,8 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from sau.audit import PARTS, AuditConfig, draw, open_case, run_audit, tables
 from sau.audit.runner import RESULT
 from sau.config import Setting, options, values
@@ -52,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Audit the networks that the command line names."""
+    """Audit one attack after the other: draw, and print the tables."""
     where, controls = use_device(given), given.control or [None] * len(given.result_file)
     if len(controls) != len(given.result_file) or (given.out and len(controls) > 1):
         raise ConfigError(f"there are {len(controls)} of --control; allowed is one for each attack, and --out for one")
@@ -63,23 +61,17 @@ def run(given: argparse.Namespace) -> None:
         chosen["parts"] = tuple(part for part in PARTS if part != "bec")
     config = AuditConfig(**chosen)
     for name, control in zip(given.result_file, controls, strict=True):
-        one(given, config, find(given.record_root, name), control and find(given.record_root, control), where)
-
-
-def one(
-    given: argparse.Namespace, config: AuditConfig, attacked: Path, control: Path | None, where: torch.device
-) -> None:
-    """Audit one attack, draw, and print the tables."""
-    case = open_case(
-        attacked, given.defense, control, dataset_path=given.dataset_path, samples=given.samples,
-        amp=None if given.amp is None else given.amp == "true", where=where,
-    )  # fmt: skip
-    out = given.out or safe_join(attacked, "audit")  # which is no link in a record of others
-    found = run_audit(case, config, say)
-    write(out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
-    say("\n" + tables([found]) + "\n")
-    say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
-    say(*save(draw([found]), out / "audit"), out / RESULT, sep="\n")
+        attacked = find(given.record_root, name)
+        case = open_case(
+            attacked, given.defense, control and find(given.record_root, control), dataset_path=given.dataset_path,
+            samples=given.samples, amp=None if given.amp is None else given.amp == "true", where=where,
+        )  # fmt: skip
+        out = given.out or safe_join(attacked, "audit")  # which is no link in a record of others
+        found = run_audit(case, config, say)
+        write(out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
+        say("\n" + tables([found]) + "\n")
+        say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
+        say(*save(draw([found]), out / "audit"), out / RESULT, sep="\n")
 
 
 if __name__ == "__main__":
