@@ -69,13 +69,17 @@ def mixture(
     return chosen.concat(clean[torch.arange(len(chosen), size)])
 
 
+class _RA(FT):
+    data_use = "poisoned"  # or `purify` would end with a search for patches, which takes longer than the rest
+
+
 def relearn(
     model: nn.Module, images: Images, *, epochs: int = 5, seed: int = 0, augment: Augment | None = None
 ) -> nn.Module:
     """A copy of `model`, all weights fine-tuned as RA does: SGD 0.01 with momentum 0.9, batches of 128, batch norm in
     train mode, cross-entropy, neither decay nor schedule. `augment` takes every batch, poisons included.
     """
-    method = FT(epochs=epochs, batch_size=128, lr=0.01, lr_scheduler="constant", wd=0.0, augment=augment is not None)
+    method = _RA(epochs=epochs, batch_size=128, lr=0.01, lr_scheduler="constant", wd=0.0, augment=augment is not None)
     return method.purify(model, images, augment=augment, seed=seed, session=RunContext(say=lambda line: None))
 
 
