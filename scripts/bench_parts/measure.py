@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from sau.device import peak_memory_mb
 
 Work = Callable[[], object]
 Makers = dict[str, Callable[[], Work]]  # name -> makes the work anew, untimed
+
+
+def versions(ours: Callable[..., Work], reference: Callable[[], Work]) -> Makers:
+    """Our work in bf16 and in fp32 (`amp`), and the released one."""
+    return {"bf16": partial(ours, amp=True), "fp32": partial(ours, amp=False), "released": reference}
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from bench_parts import released
-from bench_parts.measure import Makers, Work, compare, interleaved, row
+from bench_parts.measure import Makers, Work, compare, interleaved, row, versions
 from bench_parts.setting import Setting, as_released, copied, endless, first
 from released_sau import ReleasedSAU
 from torch import Tensor
@@ -37,11 +37,8 @@ def train(s: Setting) -> Rows:
     model, on_device = s.network(images.num_classes), poisoned.to(s.device)
     with tempfile.TemporaryDirectory() as folder:
         batches = s.loader(poisoned, Path(folder), train=True)
-        makers: Makers = {
-            "bf16": partial(_training, s, model, on_device, amp=True),
-            "fp32": partial(_training, s, model, on_device, amp=False),
-            "released": partial(_released_training, s, model, batches, 1),
-        }
+        reference = partial(_released_training, s, model, batches, 1)
+        makers = versions(partial(_training, s, model, on_device), reference)
         return compare(f"training step, width {s.width}", makers, model, to_float(on_device.pixels[:1]),
                        len(poisoned), s, "s/step", s.steps)  # fmt: skip
 
@@ -86,11 +83,7 @@ def sau(s: Setting) -> Rows:
     warm_up()
     h.zero_grad(set_to_none=True)
     batches = list(islice(stream, s.steps))
-    makers: Makers = {
-        "bf16": partial(_sau_updates, h, h_b, batches, amp=True),
-        "fp32": partial(_sau_updates, h, h_b, batches, amp=False),
-        "released": partial(_released_sau_updates, h, h_b, batches),
-    }
+    makers = versions(partial(_sau_updates, h, h_b, batches), partial(_released_sau_updates, h, h_b, batches))
     title, count = f"SAU update, width {s.width}", s.steps * s.batch_size
     return compare(title, makers, h, batches[0][0], count, s, "s/update", s.steps)
 
@@ -137,11 +130,7 @@ def evaluation(s: Setting) -> Rows:
 
     with tempfile.TemporaryDirectory() as folder:
         sets, net = s.tests(test, triggered, Path(folder)), as_released(model.net)
-        makers: Makers = {
-            "bf16": partial(ours, True),
-            "fp32": partial(ours, False),
-            "released": lambda: lambda: released.evaluate(net, sets, s.device),
-        }
+        makers = versions(ours, lambda: lambda: released.evaluate(net, sets, s.device))
         count = len(test) + len(triggered)
         return compare(f"evaluation, width {s.width}", makers, model, to_float(clean.pixels[:1]), count, s, "s")
 
@@ -184,7 +173,7 @@ def runs(s: Setting) -> Rows:
         folder = Path(name)
         batches = s.loader(poisoned, folder / "train", train=True)
         tests = partial(s.tests, test, triggered, folder)
-        makers: dict[str, tuple[Callable[[bool], Work], Callable[[], Work]]] = {
+        makers: dict[str, tuple[Callable[..., Work], Callable[[], Work]]] = {
             "attack": (
                 lambda amp: _attack(s, copied(model, amp=amp), on_device),
                 partial(_released_training, s, model, batches, s.epochs, tests),
@@ -196,8 +185,7 @@ def runs(s: Setting) -> Rows:
             ),
         }  # fmt: skip
         for title, (ours, reference) in makers.items():
-            each: Makers = {"bf16": partial(ours, True), "fp32": partial(ours, False), "released": reference}
-            seconds = interleaved(each, s.repeats, s.device, warm_up=False)
+            seconds = interleaved(versions(ours, reference), s.repeats, s.device, warm_up=False)
             named = f"{title}, whole run, width {s.width}"
             rows += [row(f"{named}, {name}", seconds[name], seconds["released"], "s") for name in ("bf16", "fp32")]
     return rows
