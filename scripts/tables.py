@@ -172,7 +172,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _against(section: Section, defense: str) -> str:
-    """A row a rival; rivals that test data chose are in the report alone."""
+    """A row a rival that test data did not choose."""
     body = []
     for rival, chosen, found in paired_comparisons(section, defense):
         if chosen:
