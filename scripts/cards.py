@@ -31,7 +31,7 @@ def kept(name: str) -> list[Result]:
 
 def update(check: bool) -> int:
     """Write the pages that are stale, or with `check` only name them and return 1 if there are any."""
-    stale, results = [], kept(TABLE)
+    stale, results = False, kept(TABLE)
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
         for file in sorted((DOCS / kind).glob("*.md")):
             old = file.read_text()
@@ -42,11 +42,11 @@ def update(check: bool) -> int:
                 lambda found, text=measured: f"{found[1]}\n{text}{chr(10) * bool(found[2])}{found[2]}", old
             )
             if new != old:
-                stale.append(file)
-                file.write_text(old if check else new)
-    for file in stale:
-        print(f"{'stale' if check else 'written'}: {file.relative_to(DOCS.parent)}")
-    return int(check and bool(stale))
+                stale = True
+                print(f"{'stale' if check else 'written'}: {file.relative_to(DOCS.parent)}")
+                if not check:
+                    file.write_text(new)
+    return int(check and stale)
 
 
 def text(values: list[Any], digits: int = 2) -> str:
