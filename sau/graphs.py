@@ -1,6 +1,5 @@
 """Fast updates: CUDA graphs, micro-batches where memory runs out, batch norm with fixed statistics."""
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from sau.errors import OutOfMemory, first_line, lacks_memory
 from sau.loop import RunContext
+from sau.models.normalized import copied
 from sau.optim import Descent, Method
 
 Report = dict[str, Tensor]
@@ -237,4 +237,4 @@ def search_twin(model: Any) -> dict[str, Any]:
         return {}
     shared: dict[int, Tensor] = {id(weight): nn.Parameter(weight.data, False) for weight in model.parameters()}
     shared |= {id(buffer): buffer.data for buffer in model.buffers()}
-    return {"frozen": copy.deepcopy(model.eval(), shared).forward}  # which copies nothing that its memo holds
+    return {"frozen": copied(model.eval(), shared).forward}  # which copies nothing that its memo holds

@@ -44,7 +44,7 @@ class RunContext:
 
     Args:
         checkpoint: has `load()`, the last checkpoint or None, and `save(place)`, which must copy or write it at once.
-        on_epoch: called with (epochs done, mean losses, state); returns further figures to print.
+        on_epoch: called with (epochs done, mean losses, state); may return further figures to print.
         say: prints a line.
         note: adds facts, by name, to the configuration of the run.
         other_seconds: expected seconds outside the updates (evaluation), for the forecast.
@@ -58,7 +58,7 @@ class RunContext:
     """
 
     checkpoint: Any = None
-    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None]] = lambda *_: {}
+    on_epoch: Callable[[int, dict[str, float], dict[str, Any]], Mapping[str, float | None] | None] = lambda *_: None
     say: Callable[[str], None] = print
     note: Callable[..., None] = lambda **facts: None
     other_seconds: float = 0.0
@@ -158,7 +158,7 @@ def run(
         ended = end_epoch(losses)
         row = {"stage": float(session.stage), **losses} if session.stage else losses
         progress.epoch_rng = progress.rng = get_rng_state()  # on_epoch may consume random numbers
-        figures = {**losses, **session.on_epoch(epoch + 1, row, state)}
+        figures = {**losses, **(session.on_epoch(epoch + 1, row, state) or {})}
         text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
         session.say(f"{label} {epoch + 1}/{epochs}  {text}  {time.monotonic() - started:.1f} s")
         progress.place = _Place(epochs if ended else epoch + 1)

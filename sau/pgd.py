@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau.config import check, param
-from sau.errors import require
+from sau.errors import lacks_memory, require
 from sau.models.normalized import at_least_fp32
 from sau.optim import Descent, adam
 from sau.types import Change, Flags, Labels, PerImage, Pixels
@@ -208,6 +208,18 @@ def smallest_patches(
     return (masks, patterns), sizes
 
 
+def patches_in_parts(network: nn.Module, x: Pixels, y: Labels, *start: Tensor) -> list[tuple[Patches, Tensor]]:
+    """`smallest_patches` that lead MOST images; of half of the classes at a time where memory does not hold all."""
+    classes, masks, patterns = start
+    try:
+        return [smallest_patches([network], x, y, classes, (masks, patterns), MOST)]
+    except RuntimeError as error:
+        if len(classes) == 1 or not lacks_memory(error):
+            raise
+    halves = zip(*(part.tensor_split(2) for part in start), strict=True)  # the memory of the attempt is free again
+    return [found for half in halves for found in patches_in_parts(network, x, y, *half)]
+
+
 def logit(part: Tensor) -> Tensor:
     """What the sigmoid makes masks or patterns of, within what steps of Adam reach."""
     return part.clamp(0.02, 0.98).logit()
@@ -224,7 +236,7 @@ def patch_of_each_class(
         # Most of the image at first: of faint masks half shrink onto no trigger.
         masks = (0.1 * torch.randn(len(classes), 1, *(size or x.shape[2:]), device=x.device) + 1).sigmoid()
         patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
-        found.append(smallest_patches([network], x, y, classes, (masks, patterns), MOST))
+        found += patches_in_parts(network, x, y, classes, masks, patterns)
     masks, patterns = (torch.cat(parts) for parts in zip(*(patches for patches, _ in found), strict=True))
     classes, sizes = classes.repeat(tries), torch.cat([sizes for _, sizes in found])
     return classes, (masks, patterns), sizes

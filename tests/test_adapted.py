@@ -141,18 +141,24 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
 
 
-@pytest.mark.parametrize(("given", "searched"), [(64, [40, 60]), (16, [16, 16])])
-def test_the_verdict_looks_at_few_images(given: int, searched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, search = list[int](), pgd.smallest_patches
+@pytest.mark.parametrize(("given", "holds", "searched"), [
+    (64, 240, [160, 60]), (16, 64, [64, 16]), (16, 32, [64, 32, 32, 16]), (16, 9, [64, 32, 16]),
+])  # fmt: skip
+def test_the_verdict_looks_at_few_images(given: int, holds: int, searched: list[int], monkeypatch: Any) -> None:
+    """Of all classes at once, or of half of them at a time where memory `holds` fewer, or there is no verdict."""
+    counts, said, search = list[int](), list[str](), pgd.smallest_patches
 
-    def counted(networks: Any, x: torch.Tensor, *more: Any) -> Any:
-        counts.append(len(x))
-        return search(networks, x, *more)
+    def counted(networks: Any, x: torch.Tensor, y: torch.Tensor, classes: torch.Tensor, *more: Any) -> Any:
+        counts.append(len(x) * len(classes))
+        if counts[-1] > holds:
+            raise torch.OutOfMemoryError("out of memory")
+        return search(networks, x, y, classes, *more)
 
     for module in (pgd, checks):
         monkeypatch.setattr(module, "smallest_patches", counted)
-    compare(tiny_net(), tiny_net(), torch.rand(given, 3, 8, 8), torch.arange(given) % 4, print)
-    assert counts == searched
+    found = compare(tiny_net(), tiny_net(), torch.rand(given, 3, 8, 8), torch.arange(given) % 4, said.append)
+    assert counts == searched and [*found.get("sizes", "")] == ["0", "1", "2", "3"] * (holds > 9)
+    assert said[0].startswith("warning: no verdict") == (holds == 9)
 
 
 def test_the_verdict_is_recorded_and_does_not_move_the_result() -> None:

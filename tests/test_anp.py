@@ -72,7 +72,7 @@ def test_an_iteration_is_the_papers():
     net, x, y = doubled()
     network = partial(pruning.masked_logits, net.train(), pruning.batch_norms(net, "anp"))
     rows: list[dict[str, float]] = []
-    session = quiet(on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
+    session = quiet(on_epoch=lambda epoch, losses, state: rows.append(losses))
     defense, batches = ANP(lr=20.0, anp_eps=0.4, anp_alpha=0.2, nb_iter=1, batch_size=8), Batches(x, (y,), 8)
     torch.manual_seed(3)
     masks = torch.cat(list(defense.learn(net, (x, y), batches, session).values()))

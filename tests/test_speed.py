@@ -62,19 +62,15 @@ def test_a_step_reads_nothing_from_the_device(method, monkeypatch):
 
 def test_a_limit_ends_a_run_between_two_updates():
     """An update takes 10 s by this clock: the third one would end at 30 s, beyond the limit of 25 s."""
-    now = [0.0]
-    said: list[str] = []
-    net = tiny_net()
+    now, said, ended, net = [0.0], list[str](), list[dict[str, float]](), tiny_net()
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         now[0] += 10
         return {"loss": net(x).sum()}
 
-    ended = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now[0])
-        limit = Limit(25.0)
-        session = RunContext(say=said.append, limit=limit)
+        session = RunContext(say=said.append, limit=(limit := Limit(25.0)))
         for label in ("epoch", "second"):
             loop.run(step, toy_images(12).batches(4), 2, state={}, end_epoch=ended.append, session=session, label=label)
     assert now == [20.0] and limit.ended == "epoch 1 of 2, before batch 3 of 3" and ended == []

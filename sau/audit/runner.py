@@ -172,9 +172,13 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
         notes.append(f"the attacker has {most} poisoned images at most")
     apart = [name for name, model in case.networks.items() if not measure.connected(case.networks[NONE], model)]
     notes += [f"no path leads to {name}, which has other layers" for name in apart if "path" in config.parts]
+    parts = ["before", *(part for part in PARTS if part in config.parts)]
+    if "bec" in parts and not measure.layers(case.networks[NONE]):
+        parts.remove("bec")
+        notes.append("no bec, which compares convolutions after the first one; the network has none")
     for note in notes:
         say(f"note: {note}")
-    for part in ("before", *(part for part in PARTS if part in config.parts)):
+    for part in parts:
         started = time.monotonic()
         for name, model in case.networks.items():
             for curve, x, seed, found in WORK[part](case, config, name, model):

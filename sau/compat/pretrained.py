@@ -119,7 +119,8 @@ def saved(net: nn.Module) -> dict[str, bytes]:
     """The file of weights of the library of `net`; transformers has other names in files than in networks."""
     if not isinstance(net, Logits):
         file, whole = (CLIP_WEIGHTS, net.rest[0]) if isinstance(net, ZeroShot) else (WEIGHTS, net)
-        tensors = {name: value.cpu().contiguous() for name, value in whole.state_dict().items()}
+        plain = torch.contiguous_format  # and each its own memory, also where a layer has two names
+        tensors = {name: value.clone(memory_format=plain).cpu() for name, value in whole.state_dict().items()}
         return {file: safetensors.torch.save(tensors)}
     with TemporaryDirectory() as place:
         net.net.save_pretrained(place, max_shard_size="1TB")

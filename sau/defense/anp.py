@@ -13,7 +13,6 @@ A small change of a backdoor neuron sends clean images to the target class, so i
 lowest masks are pruned: their scale is set to 0, their shift stays.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +26,7 @@ from sau.config import param
 from sau.data.batches import Augment, to_device_async
 from sau.defense.pruning import ByNorm, Clean, MaskPruning, PruningLevel, batch_norms, learn_masks, masked_logits
 from sau.loop import RunContext
+from sau.models.normalized import copied
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
 
@@ -63,7 +63,7 @@ class ANP(MaskPruning):
             self.require(name, float(getattr(self, name)).is_integer(), "a whole number where pruning_by is number")
 
     def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:
-        network = copy.deepcopy(model).train().requires_grad_(False)  # whose running statistics move
+        network = copied(model).train().requires_grad_(False)  # whose running statistics move
         norms = batch_norms(network, self.name)
         drawn = RandomBatches(*clean, self.batch_size, self.nb_iter, cast(Any, batches).augment)
         sgd = Training(epochs=drawn.chunks, lr=self.lr, lr_scheduler="constant", sgd_momentum=self.sgd_momentum, wd=0.0)

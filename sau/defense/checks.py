@@ -11,7 +11,6 @@ in the purified h alike: a shared adversarial example of SAU that is the same fo
 if only on a part of the images, keeps its patch far smaller than those of the other classes.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sau.data.batches import check_counts, seeded, unaugmented
 from sau.device import free_memory
-from sau.errors import ConfigError, TrainingError
+from sau.errors import ConfigError, TrainingError, lacks_memory
 from sau.loop import RunContext
 from sau.models import normalized
 from sau.pgd import SMALL, patch_of_each_class, smallest_patches
@@ -54,7 +53,7 @@ def unwrap(model: Any) -> nn.Module:
 
 def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy of `model` on `device`, in eval mode, without gradients and compiled layers."""
-    mine = copy.deepcopy(model).to(device)
+    mine = normalized.copied(model).to(device)
     mine.zero_grad()
     for module in list(mine.modules()):  # hooks, by which methods look into a network, do not run in compiled layers
         for name, layer in list(module._modules.items()):  # a layer may have several names
@@ -201,13 +200,19 @@ def compare(
     Returns sizes of patches in pixels, None where there is none: `sizes`, by class, of the smallest that send 9 of 10
     images there in the attacked network, their smallest `before` and median `typical`; `after`, the one of `before`,
     grown until it sends half of the images there in the purified network, too. And `doubts`: whether too little changed
-    to have removed a backdoor.
+    to have removed a backdoor. Nothing where memory does not hold the search, with a warning.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
-    with seeded(1):
-        classes, (masks, patterns), sizes = patch_of_each_class(attacked, x[:FEW], y[:FEW])
-        one = sizes.argmin().view(1)
-        _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
+    try:
+        with seeded(1):
+            classes, (masks, patterns), sizes = patch_of_each_class(attacked, x[:FEW], y[:FEW])
+            one = sizes.argmin().view(1)
+            _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
+    except RuntimeError as error:  # the network is purified, with updates on fewer images at once
+        if not lacks_memory(error):
+            raise
+        say("warning: no verdict, for memory does not hold its search; give a smaller batch_size to have one")
+        return {}
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
     by_class = dict(zip(map(str, classes.tolist()), sizes.tolist(), strict=True))
     doubts = found["after"] < SMALL * found["typical"]

@@ -9,7 +9,6 @@ h, which starts from the backdoored network again, is trained by
 where the mean goes over images and positions, and f_l, f_t,l are the features of layer l of student and teacher.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from sau.data.batches import first_batch
 from sau.defense.base import TrainingDefense
 from sau.errors import ConfigError
 from sau.loop import RunContext
-from sau.models.normalized import at_least_fp32, eval_mode, forward_hooks, resolve_layer
+from sau.models.normalized import at_least_fp32, copied, eval_mode, forward_hooks, resolve_layer
 from sau.optim import Schedule
 from sau.types import Batched, Labels, Pixels
 
@@ -62,7 +61,7 @@ class NAD(TrainingDefense):
         weights = dict(zip(layers, (self.beta1, self.beta2, self.beta3), strict=False))
         terms = (f"{name.removeprefix('net.')} (weight {beta:g})" for name, beta in weights.items())
         session.say(f"attention of {', '.join(terms)}")
-        teacher = copy.deepcopy(model)
+        teacher = copied(model)
         if self.teacher_model_loc is not None:
             from sau.record.attack_result import load_weights  # and all that reads records, where it is needed alone
 

@@ -10,8 +10,6 @@ Three stages, on clean pairs (x, y) alone, from the backdoored network h:
 The channels whose masks fall are those that keep h' from the clean task: they serve the backdoor.
 """
 
-import copy
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ from sau.config import param
 from sau.defense.pruning import ByNorm, Clean, MaskPruning, batch_norms, learn_masks, masked_logits
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
+from sau.models.normalized import copied
 from sau.optim import DESCENT, Training
 from sau.types import Batched, Labels, Pixels
 
@@ -46,7 +45,7 @@ class RNP(MaskPruning):
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
 
     def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:
-        unlearned = copy.deepcopy(model).train()
+        unlearned = copied(model).train()
         self.unlearn(unlearned, batches, session)
         norms = batch_norms(unlearned.requires_grad_(False), self.name)
         sgd = Training(epochs=self.recovering_epochs, lr=self.recovering_lr, lr_scheduler="constant", wd=0.0)

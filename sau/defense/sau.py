@@ -12,7 +12,6 @@ and `clamp_loss` are where its released code departs from them, and stand as rel
 some x + e are x under a patch that is the same for all images.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from sau.defense.base import AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
+from sau.models.normalized import copied
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
@@ -101,7 +101,7 @@ class SAU(AdversarialTraining):
         return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        reference = copied(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), len(batches) * self.outer_steps)
         state = {"model": model.eval(), "_reference": reference, "descent": descent, **search_twin(model)}
         return {**state, **self.start_patches(reference, batches)}

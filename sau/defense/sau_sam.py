@@ -36,7 +36,7 @@ from sau.defense.pruning import PruningLevel, affine_norms
 from sau.defense.sau import SAU, unsharing_loss
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
-from sau.models.normalized import eval_mode, forward_hooks
+from sau.models.normalized import copied, eval_mode, forward_hooks
 from sau.pgd import INIT_HELP, PATCHES_HELP, Init
 from sau.types import Batched, Flags, Labels, Logits, Pixels, Scalar
 
@@ -87,7 +87,7 @@ class SAUSAM(TrainingDefense):
         return self.same_updates(images, per_epoch, epochs=20, adv_steps=5, patches=0.5, **how)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        reference = copied(model).eval().requires_grad_(False)
         # Each weight of a smaller network has a larger share of e_w.
         sam = FTSAM(rho=self.rho * size_factor(model))
         patches = self.sau.start_patches(reference, batches)

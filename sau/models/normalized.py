@@ -1,6 +1,7 @@
 """A network that takes pixels in [0, 1], with its normalisation and precision; checks of its logits; its layers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -181,6 +182,13 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 # Layers
+
+
+def copied(model: Layer, memo: Mapping[int, Tensor] | None = None) -> Layer:
+    """A copy of `model`, whose tensors in `memo`, by id, stand for their copies. What a layer keeps of its last forward
+    pass (`self.features = x`) is detached, for torch copies no graph."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(x): x.detach() for x in kept if not x.is_leaf} | dict(memo or {}))
 
 
 @contextmanager

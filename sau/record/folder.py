@@ -147,7 +147,8 @@ class Record:
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:
         """Write `<name>.safetensors`, or `<name>.pt`, a plain state dict for those who want one."""
-        content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        plain = torch.contiguous_format  # and each its own memory, also where a layer has two names
+        content = {key: value.detach().clone(memory_format=plain).cpu() for key, value in tensors.items()}
         if pickled:
             torch.save(content, buffer := io.BytesIO())
             write(self.path / f"{name}.pt", buffer.getvalue())

@@ -71,10 +71,12 @@ def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
     lines = [(what, [_share(column, name) for column in columns]) for name, what in OWN_FIGURES.items()]
     patches = list[tuple[str, float | None, float]]()
     if verdict:
-        sizes = {config["model"]["class_names"][int(name)]: size for name, size in verdict["sizes"].items()}
-        known = [math.inf if size is None else size for size in sizes.values()]
-        index = anomaly(torch.tensor(known)).nan_to_num(0.0).tolist()
-        patches = sorted(zip(sizes, sizes.values(), index, strict=True), key=lambda row: -row[2])
+        names, sizes = (
+            [config["model"]["class_names"][int(name)] for name in verdict["sizes"]],
+            verdict["sizes"].values(),
+        )
+        index = anomaly(torch.tensor([math.inf if size is None else size for size in sizes])).nan_to_num(0.0).tolist()
+        patches = sorted(zip(names, sizes, index, strict=True), key=lambda row: -row[2])
     return _environment().get_template("own.html").render(
         name=folder.resolve().name, config=config, columns=list(parts), lines=lines, search=risk["search"],
         verdict=verdict, said=verdict and checks.lines(verdict), patches=patches,
