@@ -1,6 +1,5 @@
 """The commands: which one is meant, the order of calls from its flags to a finished record, and how it ends."""
 
-import copy
 import re
 import sys
 import time
@@ -27,6 +26,7 @@ from sau.evaluate import Score, der, figures, proportions, reestimate_statistics
 from sau.files import release_all, safe_join, write
 from sau.loop import Limit, RunContext
 from sau.models import MODELS, build
+from sau.models.normalized import copied
 from sau.optim import Method, Training
 from sau.record import attack_result
 from sau.record.folder import Record
@@ -191,7 +191,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
             rates = [each.shares()[risk].percent for each in (threat, found)]
             record.log(f"{sign} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
         scores["risk"] = {"before": threat.summary(), "after": found.summary(), "search": asdict(run.search())}
-    if given.own and risks and reestimate_statistics(again := copy.deepcopy(fixed), clean, given.augment):
+    if given.own and risks and reestimate_statistics(again := copied(fixed), clean, given.augment):
         scores["statistics_anew"] = {**score(again, test, None).summary(), "risk": risks(again).summary()}
     if not given.own:
         looks = method.data_use != "none"

@@ -170,7 +170,7 @@ def proportions(model: nn.Module, pixels: Tensor, *labels: Tensor) -> list[Propo
         if each.shape != pixels.shape[:1] or each.dtype == torch.bool or each.is_floating_point() or not len(each):
             found = f"{len(pixels)} images have labels {list(each.shape)} of {each.dtype}"
             raise DataError(f"{found}, allowed is one whole number for each of at least one image")
-    advice = "for a network of normalised images give sau.models.Normalized(model, mean, std)"
+    advice = "give pixels before normalisation, and the network as sau.models.Normalized(model, mean, std)"
     pixels = in_range(pixels.detach(), advice) if pixels.is_floating_point() else pixels
     predictions = predict(model, pixels, labels=labels)
     return [Proportion(int((predictions == each).sum()), len(each)) for each in labels]

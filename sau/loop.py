@@ -216,7 +216,7 @@ class _Progress:
             raise TrainingError("max_minutes are over before the trigger is made; repeat the command with more of them")
         self._refuse_broken()
         if not (self.place.epoch or self.place.batch):
-            self.session.say("warning: no update was made; give more --max_minutes")
+            self.session.say(f"warning: no {self.label} made an update; give more --max_minutes")
         return True
 
     def _forecast(self, length: int) -> None:

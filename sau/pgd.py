@@ -209,12 +209,12 @@ def smallest_patches(
 
 
 def patches_in_parts(network: nn.Module, x: Pixels, y: Labels, *start: Tensor) -> list[tuple[Patches, Tensor]]:
-    """`smallest_patches` that lead MOST images; of half of the classes at a time where memory does not hold all."""
-    classes, masks, patterns = start
+    """`smallest_patches` with `success` MOST from `start`, classes, masks and patterns; where memory runs out, of each
+    half of the classes on its own."""
     try:
-        return [smallest_patches([network], x, y, classes, (masks, patterns), MOST)]
-    except RuntimeError as error:
-        if len(classes) == 1 or not lacks_memory(error):
+        return [smallest_patches([network], x, y, start[0], (start[1], start[2]), MOST)]
+    except (RuntimeError, MemoryError) as error:
+        if len(start[0]) == 1 or not lacks_memory(error):
             raise
     halves = zip(*(part.tensor_split(2) for part in start), strict=True)  # the memory of the attempt is free again
     return [found for half in halves for found in patches_in_parts(network, x, y, *half)]

@@ -172,7 +172,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _against(section: Section, defense: str) -> str:
-    """A row a rival that test data did not choose."""
+    """One row for each rival whose settings were not chosen on test data."""
     body = []
     for rival, chosen, found in paired_comparisons(section, defense):
         if chosen:

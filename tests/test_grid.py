@@ -301,7 +301,9 @@ def test_the_script_plans_looks_and_publishes(planned, script, tmp_path, monkeyp
     (store.folder(every[0]) / "manifest.json").unlink()
     crash = Scripted(store, {every[0].label: [Outcome("why", again=False)]})
     monkeypatch.setattr("sau.grid.command.Local", lambda *given: crash)
+    monkeypatch.setenv("SAU_CACHE", "")
     status, out, _ = script("grid.py", "grid.yaml")
+    assert os.environ["SAU_CACHE"] == str(store.root / ".grid" / "cache")  # also of what is loaded for all cells
     assert status == 1 and f"failed  {every[0].label}: why" in out
     crash.stopped = False
     monkeypatch.setattr(Scripted, "submit", lambda *given: signal.default_int_handler(2, None))

@@ -71,11 +71,11 @@ def test_a_limit_ends_a_run_between_two_updates():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now[0])
         session = RunContext(say=said.append, limit=(limit := Limit(25.0)))
-        for label in ("epoch", "second"):
-            loop.run(step, toy_images(12).batches(4), 2, state={}, end_epoch=ended.append, session=session, label=label)
+        for label, place in (("epoch", session), ("second", session.for_stage(1))):
+            loop.run(step, toy_images(12).batches(4), 2, state={}, end_epoch=ended.append, session=place, label=label)
     assert now == [20.0] and limit.ended == "epoch 1 of 2, before batch 3 of 3" and ended == []
     ends = [line for line in said if line.startswith("--max_minutes")]
-    assert said[-1] == "warning: no update was made; give more --max_minutes"
+    assert said[-1] == "warning: no second made an update; give more --max_minutes"
     assert ends == [f"--max_minutes is reached: ended in {where} of 3" for where in
                     ("epoch 1 of 2, before batch 3", "second 1 of 2, before batch 1")]  # fmt: skip
 

@@ -42,7 +42,7 @@ class AdaptiveAttack(Attack):
             return images
         both = count + round(self.cover_rate * len(images))
         rows = self.draw(images, seed, both)
-        left = f"at most {(len(rows) - count) / len(images):.3g}, what {count} poisoned images leave"
+        left = f"at most {(len(rows) - count) / len(images):.6g}, what {count} poisoned images leave"
         self.require("cover_rate", len(rows) == both, left)
         stamped = self.poison(images, rows)
         cover = torch.arange(len(rows), device=rows.device) >= count

@@ -175,7 +175,7 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
     parts = ["before", *(part for part in PARTS if part in config.parts)]
     if "bec" in parts and not measure.layers(case.networks[NONE]):
         parts.remove("bec")
-        notes.append("no bec, which compares convolutions after the first one; the network has none")
+        notes.append("no bec, which needs a network with at least two convolutions")
     for note in notes:
         say(f"note: {note}")
     for part in parts:

@@ -12,6 +12,7 @@ from sau.compat import pretrained, torch_file, weights
 from sau.compat.weights import Guess, Weights, guess, short_names
 from sau.errors import ConfigError, RecordError, printable
 from sau.files import write
+from sau.record.folder import on_cpu
 
 HARMLESS, SUSPICIOUS, UNREADABLE = 0, 1, 2  # exit status of `sau inspect`
 Report = dict[str, Any]
@@ -77,7 +78,7 @@ def _described(found: Weights, folder: Path | None) -> Report:
 def _packed(tensors: dict[str, Tensor]) -> bytes:
     """Tensors as safetensors; RecordError if safetensors cannot hold them."""
     try:
-        return safetensors.torch.save({name: value.contiguous().clone() for name, value in tensors.items()})
+        return safetensors.torch.save(on_cpu(tensors))
     except Exception as error:  # of a type or name that it lacks
         raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
 

@@ -27,6 +27,7 @@ from sau.data.images import to_float
 from sau.errors import ConfigError, SauError, first_line, one_line
 from sau.files import read
 from sau.models import TIMM, Normalized, library
+from sau.record.folder import on_cpu
 from sau.run import OwnRun
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -119,9 +120,7 @@ def saved(net: nn.Module) -> dict[str, bytes]:
     """The file of weights of the library of `net`; transformers has other names in files than in networks."""
     if not isinstance(net, Logits):
         file, whole = (CLIP_WEIGHTS, net.rest[0]) if isinstance(net, ZeroShot) else (WEIGHTS, net)
-        plain = torch.contiguous_format  # and each its own memory, also where a layer has two names
-        tensors = {name: value.clone(memory_format=plain).cpu() for name, value in whole.state_dict().items()}
-        return {file: safetensors.torch.save(tensors)}
+        return {file: safetensors.torch.save(on_cpu(whole.state_dict()))}
     with TemporaryDirectory() as place:
         net.net.save_pretrained(place, max_shard_size="1TB")
         return {WEIGHTS: (Path(place) / WEIGHTS).read_bytes()}

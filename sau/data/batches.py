@@ -70,12 +70,12 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
 
 
-def in_range(x: Tensor, normalised: str = "give the mean=... and std=... of normalised images") -> Tensor:
+def in_range(x: Tensor, advice: str = "give the mean=... and std=... of normalised images") -> Tensor:
     """Float pixels in [0, 1]: what lies outside by rounding is clamped, what lies further outside is a DataError."""
     low, high = float(x.min()), float(x.max())
     if not (low >= -SLACK and high <= 1 + SLACK):  # nor is NaN
-        advice = f"divide bytes by 255, or {normalised}"
-        raise DataError(f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]: {advice}")
+        found = f"pixels range over [{low:.3g}, {high:.3g}], allowed is [0, 1]"
+        raise DataError(f"{found}: divide bytes by 255, or {advice}")
     return x if low >= 0 and high <= 1 else x.clamp(0, 1)
 
 

@@ -200,7 +200,7 @@ def compare(
     Returns sizes of patches in pixels, None where there is none: `sizes`, by class, of the smallest that send 9 of 10
     images there in the attacked network, their smallest `before` and median `typical`; `after`, the one of `before`,
     grown until it sends half of the images there in the purified network, too. And `doubts`: whether too little changed
-    to have removed a backdoor. Nothing where memory does not hold the search, with a warning.
+    to have removed a backdoor. Nothing, with a warning, where memory ran out.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     try:
@@ -208,10 +208,10 @@ def compare(
             classes, (masks, patterns), sizes = patch_of_each_class(attacked, x[:FEW], y[:FEW])
             one = sizes.argmin().view(1)
             _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
-    except RuntimeError as error:  # the network is purified, with updates on fewer images at once
+    except (RuntimeError, MemoryError) as error:  # the defense itself is done, and its result must not be lost
         if not lacks_memory(error):
             raise
-        say("warning: no verdict, for memory does not hold its search; give a smaller batch_size to have one")
+        say(f"warning: no verdict, because its search ran out of memory; a batch_size below {FEW} makes it smaller")
         return {}
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
     by_class = dict(zip(map(str, classes.tolist()), sizes.tolist(), strict=True))

@@ -185,8 +185,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: Layer, memo: Mapping[int, Tensor] | None = None) -> Layer:
-    """A copy of `model`, whose tensors in `memo`, by id, stand for their copies. What a layer keeps of its last forward
-    pass (`self.features = x`) is detached, for torch copies no graph."""
+    """A copy of `model`; tensors whose id is in `memo` are replaced by its values. Activations that a layer keeps as an
+    attribute (`self.features = x`) are detached, because torch cannot copy a tensor with a graph."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(x): x.detach() for x in kept if not x.is_leaf} | dict(memo or {}))
 

@@ -71,10 +71,8 @@ def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
     lines = [(what, [_share(column, name) for column in columns]) for name, what in OWN_FIGURES.items()]
     patches = list[tuple[str, float | None, float]]()
     if verdict:
-        names, sizes = (
-            [config["model"]["class_names"][int(name)] for name in verdict["sizes"]],
-            verdict["sizes"].values(),
-        )
+        names = [config["model"]["class_names"][int(name)] for name in verdict["sizes"]]
+        sizes = verdict["sizes"].values()
         index = anomaly(torch.tensor([math.inf if size is None else size for size in sizes])).nan_to_num(0.0).tolist()
         patches = sorted(zip(names, sizes, index, strict=True), key=lambda row: -row[2])
     return _environment().get_template("own.html").render(

@@ -33,7 +33,7 @@ class Setting:
     train_updates: int = param(60, "updates that plant the backdoor", ge=0)
     purify_updates: int = param(3, "updates of SAU before the comparison", ge=0)
     repeats: int = param(5, "repetitions", ge=1)
-    workers: int = param(0, "processes of the released loaders, none of them meaning this one", ge=0)
+    workers: int = param(0, "worker processes of the released loaders; 0 loads in this process", ge=0)
     device: torch.device = torch.device("cpu")
     threads: int = 1
 
