@@ -70,7 +70,7 @@ def mixture(
 
 
 class _RA(FT):
-    data_use = "poisoned"  # or `purify` would end with a search for patches, which takes longer than the rest
+    data_use = "poisoned"  # as some of its images are; so `purify` leaves out the verdict, which takes longer than RA
 
 
 def relearn(

@@ -144,7 +144,7 @@ def drive(given: argparse.Namespace, grid: Grid, store: Store, every: list[Cell]
     todo = needed(every, store)
     say(f"{len(every)} cells, {len(todo)} to run; {store.root}")
     if todo:
-        cache = os.environ.get("SAU_CACHE") or store.root / ".grid" / "cache"  # of all cells, on whatever machine
+        cache = os.environ.get("SAU_CACHE") or store.root / ".grid" / "cache"  # of all cells, and of `load` here
         os.environ["SAU_CACHE"] = cache = os.path.abspath(os.path.expanduser(cache))
         how = {"root": store.root, "cache": cache, "timeout": grid.cell_timeout}
         if given.engine == "local":
