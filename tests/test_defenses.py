@@ -578,7 +578,7 @@ CLAIMS = {  # method, the range of the ASR that is left (of more than 90 %), poi
 def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
     (defense, (low, high), cost), (net, clean, test, triggered) = CLAIMS[claim], backdoored()
     before, rounds = score(net, test, triggered), list[dict[str, float]]()
-    session = quiet(on_epoch=lambda epoch, losses, state: rounds.append(losses) or {})
+    session = quiet(on_epoch=lambda epoch, losses, state: rounds.append(losses))
     after = score(defense.purify(net, clean, session=session, settings="as_given"), test, triggered)
     assert before.asr.percent > 90 and low <= after.asr.percent <= high
     assert after.acc.percent >= before.acc.percent - cost
@@ -595,6 +595,6 @@ def test_the_backdoor_goes_or_stays_and_the_accuracy_is_kept(claim):
 ])  # fmt: skip
 def test_schedules_and_momentum_reach_the_optimiser(defense, name, wanted):
     seen = []
-    session = quiet(on_epoch=lambda *at: seen.append(at[2]["descent"].optimizer.param_groups[0][name]) or {})
+    session = quiet(on_epoch=lambda *at: seen.append(at[2]["descent"].optimizer.param_groups[0][name]))
     defense.purify(tiny_net(), pair(), session=session)
     assert seen == pytest.approx(wanted, abs=1e-12)

@@ -83,7 +83,7 @@ def test_a_round_searches_once_and_updates_once_a_batch():
     net, data = tiny_net(), [(pair()[0][:8], pair()[1][:8]), (pair()[0][8:], pair()[1][8:])]
     defense = IBAU(epochs=2, lr=0.01, inner_lr=1.0, augment=False)
     rows: list[dict[str, float]] = []
-    session = quiet(on_epoch=lambda epoch, losses, state: rows.append(losses) or {})
+    session = quiet(on_epoch=lambda epoch, losses, state: rows.append(losses))
     fixed = defense.purify(net, data, session=session)
     ours = to_channels_last(copy.deepcopy(net))
     optimiser = torch.optim.Adam(ours.parameters(), lr=0.01, amsgrad=True, fused=True)
