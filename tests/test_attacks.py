@@ -653,8 +653,7 @@ def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights():
     assert state["epochs"] == 6 and state["descent"].optimizer.param_groups[0]["lr"] == 1e-3
     net[1].weight.data += 0.1
     assert torch.allclose(F.cross_entropy(net(x), y) + 0.01 * f.sum(), clean_step(state, x, y)["loss"])
-    images = BadNet(pratio=0.5).poison_train(toy_images(40), 0)
-    rest, clean = hold_back(images, 0.25, 0)
+    rest, clean = hold_back(BadNet(pratio=0.5).poison_train(toy_images(40), 0), 0.25, 0)
     assert sorted([*rest.index.tolist(), *clean.index.tolist()]) == [*range(40)]
     assert len(clean) == 10 and (clean.role == CLEAN).all()
     for attack, pratio, share in ((BadNet(), 0.5, 0.6), (SIG(), 0.25, 0.2)):  # too few; none of the target class

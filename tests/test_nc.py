@@ -203,8 +203,7 @@ def test_the_inversion_sees_pictures_without_augmentation_unless_asked():
     def norms(**how: bool) -> list[float]:
         rows: list[Any] = []
         session = quiet(on_epoch=lambda epoch, losses, state: rows.append(losses))
-        defense = NC(nc_epoch=1, epochs=0, batch_size=8, **how)
-        defense.purify(tiny_net(), pair(), session=session)
+        NC(nc_epoch=1, epochs=0, batch_size=8, **how).purify(tiny_net(), pair(), session=session)
         return [row["loss"] for row in rows]
 
     plain = norms(augment=False)

@@ -24,8 +24,7 @@ def test_a_new_polarizer_is_the_identity_but_for_its_batch_norm():
     inside = insert_polarizer(net, "features.3")
     assert torch.equal(inside.get_submodule("polarizer")(features), features)
     assert torch.allclose(net(x), before, rtol=1e-4, atol=1e-4) and not net.training
-    seen = inside.train()[:2](features)
-    assert torch.allclose(seen.mean((0, 2, 3)), torch.zeros(10), atol=1e-5)
+    assert torch.allclose(inside.train()[:2](features).mean((0, 2, 3)), torch.zeros(10), atol=1e-5)
     assert inside.get_parameter("polarizer.weight").shape == (10, 10, 1, 1) and inside.polarizer.bias is None
 
 

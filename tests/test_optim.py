@@ -149,8 +149,7 @@ def test_descent_goes_on_from_its_state(schedule, optimizer):
         return rates
 
     weights = parameter()
-    whole = training.descent([weights], 4)
-    rates = epochs(weights, whole, 3)
+    rates = epochs(weights, training.descent([weights], 4), 3)
     half = parameter()
     first = training.descent([half], 4)
     half_rates = epochs(half, first, 1)

@@ -243,8 +243,7 @@ def test_the_split_measures_with_some_of_each_class():
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(net, pictures, tmp_path):
-    file = layouts(net, tmp_path)[0]
-    argv = command(*flags(file, pictures), "--batch_size", "4")
+    argv = command(*flags(layouts(net, tmp_path)[0], pictures), "--batch_size", "4")
     argv[argv.index("--epochs") + 1] = "4"
     status, _ = stop_after("round 2/4", signal.SIGKILL, [*argv, "--save_folder_name", "killed"], tmp_path)
     assert status == -signal.SIGKILL and not (tmp_path / "record" / "killed" / "manifest.json").exists()

@@ -353,14 +353,18 @@ def test_rows_of_a_page_are_those_that_its_command_prints(name, script):
     assert shown and all(any(row.items() <= line.items() for line in printed) for row in shown)
 
 
-def test_the_results_of_the_readme_are_those_that_its_command_prints(script):
+def test_the_results_of_the_readme_are_those_that_its_command_prints_and_its_page_has(script):
     text = (REPOSITORY / "README.md").read_text().partition("## Results")[2]
+    page = (REPOSITORY / "docs/defenses/sau-sam.md").read_text().partition("Beside the clean network")[2]
     attacks = ("badnet", "blended", "lf", "sig", "ssba", "wanet")
+    assert f"clean docs/results/audit.jsonl/gpu_{{{','.join(attacks)}}}_s{{0,1,2}}\n" in text
     audits = [str(RESULTS / f"audit.jsonl/gpu_{attack}_s{seed}") for attack in attacks for seed in range(3)]
     theirs = {row[0]: [row[at] for at in (2, 3, 5, 7, 9)] for row in rows_of(script("tables.py", "clean", *audits)[1])}
+    linked = {row[0]: [row[at] for at in (1, 2, 4, 6, 8)] for row in rows_of(page.partition("\n\n    ")[0])}
     ours = {row[0]: row[1:] for row in rows_of(text) if len(row) == 6}
-    assert {"none", "sau", "sau-sam", "fst", "control"} <= set(ours)
-    assert all(ours[name] == theirs[name] for name in set(ours) - {"network", "---"})
+    names = {"none", "sau", "sau-sam", "fst", "ft-sam", "d3", "control"}
+    assert theirs["network"] == ["ACC", "ASR", "R-ACC", "statistics anew", "k = 5"] and names < set(ours) == set(linked)
+    assert all(ours[name] == theirs[name] == linked[name] for name in names)
 
 
 def test_the_exports_hold_every_value_and_a_deviation_of_three(tmp_path):
