@@ -196,7 +196,7 @@ def test_an_output_that_is_no_logits_has_no_accuracy(shape, got):
 
 @pytest.mark.parametrize(("pixels", "labels", "word"), [
     (255 * FLOATS, IMAGES.labels, "by 255"),
-    (4 * FLOATS - 2, IMAGES.labels, "sau.models.Normalized("),
+    (4 * FLOATS - 2, IMAGES.labels, "sau.models.Normalized(model, mean, std)"),
     (FLOATS, torch.zeros(6, 1).long(), "[6, 1]"),  # against six predictions that would be 36 comparisons
     (FLOATS, torch.zeros(5).long(), "[5]"),
     (FLOATS, torch.zeros(6), "float32"),
