@@ -44,8 +44,7 @@ def test_few_images_make_about_as_many_updates_as_published_ones(name: str, imag
 def test_the_rate_follows_from_the_weights() -> None:
     large, small = nn.Linear(10, 10), nn.Linear(10, 10)
     nn.init.constant_(large.weight, 1.0), nn.init.constant_(small.weight, 0.01)
-    flat, deep = (nn.Sequential(*map(nn.Linear, n, n), nn.BatchNorm1d(9)) for n in ([9] * 5, [9] * 50))
-    assert [SAU().adapted(net, 100).lr for net in (large, small, flat, deep)] == [1.5e-3, 4e-4, 1.5e-3, 1.5e-4]
+    assert [SAU().adapted(nn.Sequential(net), 100).lr for net in (large, small)] == [1.5e-3, 4e-4]
     assert [SAUSAM().adapted(PreActResNet18(10, width), 100).lr for width in (4, 16)] == [0.0025, 0.01]
     without = SAUSAM().adapted(nn.Sequential(large), 2500)
     assert (without.client_optimizer, without.lr, without.epochs) == ("adam", 3e-3, 20)
