@@ -136,12 +136,14 @@ class SAU(AdversarialTraining):
                     z, z_adv = model(x) if report else z, model(x + delta)
                 clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask, self.clamp_loss)
                 loss = self.weight_clean * clean + self.weight_shared * shared
+                losses = {"clean_loss": clean, "shared_loss": shared}
                 if self.weight_adv:
-                    loss = loss + self.weight_adv * F.cross_entropy(z_adv, y)
+                    losses["adv_loss"] = F.cross_entropy(z_adv, y)
+                    loss = loss + self.weight_adv * losses["adv_loss"]
                 state["descent"](loss)
                 types = example_types(z_adv.argmax(1), s, y)
                 counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
-                report = report or {"loss": loss, "clean_loss": clean, "shared_loss": shared, **counts}
+                report = report or {"loss": loss, **losses, **counts}
         return report
 
     def search(
