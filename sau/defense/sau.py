@@ -8,8 +8,8 @@ the code h is `model`, h_b `reference` and e `delta`:
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
-and `clamp_loss` are where its released code departs from them, and stand as released. `patches` are not in the paper:
-some x + e are x under a patch that is the same for all images.
+and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
+where some x + e are x under one patch for all images, and `weight_adv`, the weight of CE(h(x+e), y) in the outer loss.
 """
 
 from collections.abc import Callable
