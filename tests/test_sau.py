@@ -271,18 +271,14 @@ def test_unsharing_loss_by_hand() -> None:
 
 
 def test_unsharing_loss_at_its_ends() -> None:
-    """p_s = 0.0005 counts as 0.001: -ln(0.999 + 1e-6) = 0.0009995; p_s = 1 stays finite: -ln 1e-6 = 13.815511."""
+    """p_s = 0.0005 counts as 0.001: -ln(0.999 + 1e-6) = 0.0009995; p_s = 1 stays finite: -ln 1e-6 = 13.815511.
+    Without the clamps -log(1 - p_s) of logits 80 and 0 is 80, its gradient 1; as released it is 13.8 and has none."""
     z = torch.tensor([[0.0005, 0.9995]]).double().log()
     s, mask = torch.tensor([0]), torch.tensor([True])
     assert unsharing_loss(z, s, mask).item() == pytest.approx(0.0009995, abs=1e-7)
     sure = torch.tensor([[80.0, 0.0]]).double()
     assert unsharing_loss(sure, s, mask).item() == pytest.approx(13.815511, abs=1e-6)
     assert unsharing_loss(sure.float(), s, mask).item() == pytest.approx(13.8, abs=0.1)
-
-
-def test_the_loss_without_clamps_goes_on_where_the_network_is_sure() -> None:
-    """-log(1 - p_s) of logits 80 and 0 is 80, its gradient 1; as released it is 13.8 and has none."""
-    s, mask = torch.tensor([0]), torch.tensor([True])
     for clamped, value, slope in ((True, 13.8, 0.0), (False, 80.0, 1.0)):
         sure = torch.tensor([[80.0, 0.0]], requires_grad=True)
         loss = unsharing_loss(sure, s, mask, clamped)
@@ -321,13 +317,17 @@ def test_types_of_adversarial_examples() -> None:
     assert example_types(answer, s, torch.zeros(8, dtype=torch.long)).tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
 
 
-def test_the_types_that_are_reported() -> None:
-    """Of the examples found, before the update; the losses are compared with the release's above."""
-    method = SAU(lr=LR)
+def test_the_types_and_losses_that_are_reported() -> None:
+    """Of the examples found, before the update; the losses without `distill` are compared with the release's above."""
+    method = SAU(lr=LR, weight_adv=0.5, distill=0.3)
     state, (x, y) = apart(method), pictures()
     delta, s = search(method, state, x, y)
-    types = example_types(state["model"](x + delta).argmax(1), s, y)
+    z, z_adv, z_ref = state["model"](x), state["model"](x + delta), state["_reference"](x)
+    types = example_types(z_adv.argmax(1), s, y)
     report = method.step(state, x, y)
+    for name, each in (("clean_loss", z), ("adv_loss", z_adv)):  # labels of which h_b's probabilities are a share
+        parts = F.cross_entropy(each, y), F.cross_entropy(each, z_ref.softmax(1))
+        torch.testing.assert_close(report[name], 0.7 * parts[0] + 0.3 * parts[1])
     assert [int(report[f"train_type{kind}"]) for kind in (1, 2, 3)] == types.bincount(minlength=4)[1:].tolist()
 
 
