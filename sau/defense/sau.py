@@ -10,7 +10,8 @@ An example is shared (type I) if both networks answer the same wrong class; the 
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
 where some x + e are x under one patch for all images, `weight_adv`, the weight of CE(h(x+e), y) in the outer loss, and
-`distill`, which replaces a share of y in the outer cross-entropies by q(x) (Hinton, Vinyals, Dean, 2015).
+`distill`, which replaces a share of y in the outer cross-entropies by q(x) (Hinton, Vinyals, Dean, 2015), and leaves
+out images x on which h_b errs.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,9 @@ class SAU(AdversarialTraining):
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
     weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
-    distill: float = param(0.0, "share of h_b's probabilities in the labels of both cross-entropies", ge=0, le=1)
+    distill: float = param(
+        0.0, "share of h_b's softmax in the labels of x and x + e; then none where it errs", ge=0, le=1
+    )
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
@@ -152,11 +155,11 @@ class SAU(AdversarialTraining):
         return report
 
     def labels(self, y: Labels, z_ref: Logits) -> Tensor:
-        """y, or where `distill` asks for it, the probabilities [B, K] that it shares with h_b."""
+        """y, or with `distill` its mixture [B, K] with q(x), and 0 where h_b errs: on a crop, say, that is its trigger."""
         if not self.distill:
             return y
         q = z_ref.softmax(1)
-        return F.one_hot(y, q.shape[1]).to(q).lerp(q, self.distill)
+        return F.one_hot(y, q.shape[1]).to(q).lerp(q, self.distill) * (q.argmax(1) == y)[:, None]
 
     def search(
         self, state: dict[str, Any], x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
