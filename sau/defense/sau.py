@@ -155,7 +155,7 @@ class SAU(AdversarialTraining):
         return report
 
     def labels(self, y: Labels, z_ref: Logits) -> Tensor:
-        """y, or with `distill` its mixture [B, K] with q(x), and 0 where h_b errs: on a crop, say, that is its trigger."""
+        """y, or with `distill` its mixture [B, K] with q(x), 0 where h_b errs: a crop may act on it as the trigger."""
         if not self.distill:
             return y
         q = z_ref.softmax(1)
