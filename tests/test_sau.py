@@ -325,7 +325,7 @@ def test_the_types_and_losses_that_are_reported() -> None:
     z, z_adv, z_ref = state["model"](x), state["model"](x + delta), state["_reference"](x)
     types = example_types(z_adv.argmax(1), s, y)
     report = method.step(state, x, y)
-    for name, each in (("clean_loss", z), ("adv_loss", z_adv)):  # h_b's softmax is a share of right labels
+    for name, each in (("clean_loss", z), ("adv_loss", z_adv)):  # where h_b errs there is no label
         hard, soft = (F.cross_entropy(each, label, reduction="none") for label in (y, z_ref.softmax(1)))
         torch.testing.assert_close(report[name], ((z_ref.argmax(1) == y) * (0.7 * hard + 0.3 * soft)).mean())
     assert [int(report[f"train_type{kind}"]) for kind in (1, 2, 3)] == types.bincount(minlength=4)[1:].tolist()

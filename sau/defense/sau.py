@@ -10,8 +10,8 @@ An example is shared (type I) if both networks answer the same wrong class; the 
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
 where some x + e are x under one patch for all images, `weight_adv`, the weight of CE(h(x+e), y) in the outer loss, and
-`distill`, which replaces a share of y in the outer cross-entropies by q(x) (Hinton, Vinyals, Dean, 2015), and leaves
-out images x on which h_b errs.
+`distill`, which replaces a share of y in the outer cross-entropies by q(x) (Hinton, Vinyals, Dean, 2015); images on
+which h_b errs then do not count in them.
 """
 
 from collections.abc import Callable
@@ -75,9 +75,7 @@ class SAU(AdversarialTraining):
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
     weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
-    distill: float = param(
-        0.0, "share of h_b's softmax in the labels of x and x + e; then none where it errs", ge=0, le=1
-    )
+    distill: float = param(0.0, "share of h_b's softmax in the labels; x where h_b errs then have no label", ge=0, le=1)
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
@@ -96,15 +94,14 @@ class SAU(AdversarialTraining):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """For PreAct-ResNet18 also a quarter of that rate, l2 2, the exact loss, whose gradient does not fade, and a
         patch on half of the images. On other networks most images get a patch, and twice as many updates half the rate;
-        with batch norm l2 is 2 and half of the labels are h_b's, x + e is taught its label too, and the search starts
-        at random, in smaller steps."""
+        with batch norm half of each label is h_b's softmax, x + e is taught it too, and the search starts at random, in
+        smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if found is self:
             return self
         if is_published(model):
             return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
-        with_norm: dict[str, Any] = {"weight_shared": 2.0, "weight_adv": 0.6, "distill": 0.5}
-        with_norm |= {"pgd_init": "random", "adv_lr": 0.1}
+        with_norm: dict[str, Any] = {"weight_adv": 0.3, "distill": 0.5, "pgd_init": "random", "adv_lr": 0.1}
         changed = with_norm if has_batch_norm(model) else {}
         return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
@@ -155,7 +152,7 @@ class SAU(AdversarialTraining):
         return report
 
     def labels(self, y: Labels, z_ref: Logits) -> Tensor:
-        """y, or with `distill` its mixture [B, K] with q(x), 0 where h_b errs: a crop may act on it as the trigger."""
+        """y, or with `distill` its mixture [B, K] with q(x); 0 where h_b errs, as a crop may act like its trigger."""
         if not self.distill:
             return y
         q = z_ref.softmax(1)
