@@ -75,7 +75,7 @@ class SAU(AdversarialTraining):
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
     weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
-    distill: float = param(0.0, "share of h_b's softmax in the labels; x where h_b errs then have no label", ge=0, le=1)
+    distill: float = param(0.0, "share of h_b's softmax in the labels; if above 0, no label where h_b errs", ge=0, le=1)
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
