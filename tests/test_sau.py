@@ -317,17 +317,13 @@ def test_types_of_adversarial_examples() -> None:
     assert example_types(answer, s, torch.zeros(8, dtype=torch.long)).tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
 
 
-def test_the_types_and_losses_that_are_reported() -> None:
-    """Of the examples found, before the update; the losses without `distill` are compared with the release's above."""
-    method = SAU(lr=LR, weight_adv=0.5, distill=0.3)
+def test_the_types_that_are_reported() -> None:
+    """Of the examples found, before the update; the losses are compared with the release's above."""
+    method = SAU(lr=LR)
     state, (x, y) = apart(method), pictures()
     delta, s = search(method, state, x, y)
-    z, z_adv, z_ref = state["model"](x), state["model"](x + delta), state["_reference"](x)
-    types = example_types(z_adv.argmax(1), s, y)
+    types = example_types(state["model"](x + delta).argmax(1), s, y)
     report = method.step(state, x, y)
-    for name, each in (("clean_loss", z), ("adv_loss", z_adv)):  # where h_b errs there is no label
-        hard, soft = (F.cross_entropy(each, label, reduction="none") for label in (y, z_ref.softmax(1)))
-        torch.testing.assert_close(report[name], ((z_ref.argmax(1) == y) * (0.7 * hard + 0.3 * soft)).mean())
     assert [int(report[f"train_type{kind}"]) for kind in (1, 2, 3)] == types.bincount(minlength=4)[1:].tolist()
 
 

@@ -9,9 +9,7 @@ the code h is `model`, h_b `reference` and e `delta`:
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
-where some x + e are x under one patch for all images, `weight_adv`, the weight of CE(h(x+e), y) in the outer loss, and
-`distill`, which replaces a share of y in the outer cross-entropies by q(x) (Hinton, Vinyals, Dean, 2015); images on
-which h_b errs then do not count in them.
+where some x + e are x under one patch for all images, and `weight_adv`, the weight of CE(h(x+e), y) in the outer loss.
 """
 
 from collections.abc import Callable
@@ -69,13 +67,12 @@ class SAU(AdversarialTraining):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    later = ("patches", "clamp_loss", "distill")
+    later = ("patches", "clamp_loss")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
     weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
-    distill: float = param(0.0, "share of h_b's softmax in the labels; if above 0, no label where h_b errs", ge=0, le=1)
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
@@ -94,14 +91,13 @@ class SAU(AdversarialTraining):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """For PreAct-ResNet18 also a quarter of that rate, l2 2, the exact loss, whose gradient does not fade, and a
         patch on half of the images. On other networks most images get a patch, and twice as many updates half the rate;
-        with batch norm a quarter of each label is h_b's softmax, x + e is taught it too, and the search starts at
-        random, in smaller steps."""
+        with batch norm x + e also teaches its label, and the search starts at random, in smaller steps."""
         found: SAU = super().adapted(model, images, per_epoch)
         if found is self:
             return self
         if is_published(model):
             return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
-        with_norm: dict[str, Any] = {"weight_adv": 0.3, "distill": 0.25, "pgd_init": "random", "adv_lr": 0.1}
+        with_norm: dict[str, Any] = {"weight_adv": 0.3, "pgd_init": "random", "adv_lr": 0.1}
         changed = with_norm if has_batch_norm(model) else {}
         return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
@@ -128,8 +124,7 @@ class SAU(AdversarialTraining):
             with torch.set_grad_enabled(not self.train_mode):
                 z = model(x)  # its graph serves the outer loss, so the clean pass is made once
             with torch.no_grad():
-                z_ref = reference(x)
-            labels, clean_ref = self.labels(y, z_ref), z_ref.argmax(1)
+                clean_ref = reference(x).argmax(1)
             delta, s = self.search(state, x, y, z.argmax(1), clean_ref)
             mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
             report: dict[str, Tensor] = {}
@@ -139,24 +134,17 @@ class SAU(AdversarialTraining):
                     model.eval()
                 else:
                     z, z_adv = model(x) if report else z, model(x + delta)
-                clean, shared = F.cross_entropy(z, labels), unsharing_loss(z_adv, s, mask, self.clamp_loss)
+                clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask, self.clamp_loss)
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 losses = {"clean_loss": clean, "shared_loss": shared}
                 if self.weight_adv:
-                    losses["adv_loss"] = F.cross_entropy(z_adv, labels)
+                    losses["adv_loss"] = F.cross_entropy(z_adv, y)
                     loss = loss + self.weight_adv * losses["adv_loss"]
                 state["descent"](loss)
                 types = example_types(z_adv.argmax(1), s, y)
                 counts = {f"train_type{kind}": (types == kind).sum() for kind in (1, 2, 3)}
                 report = report or {"loss": loss, **losses, **counts}
         return report
-
-    def labels(self, y: Labels, z_ref: Logits) -> Tensor:
-        """y, or with `distill` its mixture [B, K] with q(x); 0 where h_b errs, as a crop may act like its trigger."""
-        if not self.distill:
-            return y
-        q = z_ref.softmax(1)
-        return F.one_hot(y, q.shape[1]).to(q).lerp(q, self.distill) * (q.argmax(1) == y)[:, None]
 
     def search(
         self, state: dict[str, Any], x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
