@@ -147,8 +147,8 @@ class GraphedStep:
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Whether the device can capture work as a graph."""
-    return device.type == "cuda"
+    """Whether the device can capture work as a graph: it must be the current one."""
+    return device.type == "cuda" and device.index in (None, torch.cuda.current_device())
 
 
 def capture(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:

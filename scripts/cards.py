@@ -5,7 +5,6 @@ docs/results.
 """
 
 import re
-import statistics
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from sau.report.cells import DEAD
-from sau.report.results import NONE, Result, find_results, mean_std
+from sau.report.cells import DEAD, TableCell, sections
+from sau.report.results import NONE, PERCENT, MeanStd, find_results, mean_std
 from sau.report.tables import Row, markdown, mean_row, published
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -24,9 +23,10 @@ CLEAN = "prototype"  # networks without a backdoor, which are in no mean
 
 
 @cache
-def kept(name: str) -> list[Result]:
-    """The results of a file in docs/results."""
-    return find_results(DOCS / "results" / f"{name}.jsonl")[0]
+def kept(name: str) -> list[TableCell]:
+    """The cells of a file in docs/results."""
+    results, _ = find_results(DOCS / "results" / f"{name}.jsonl")
+    return [cell for section in sections(results) for cell in section.cells]
 
 
 def update(check: bool) -> int:
@@ -49,15 +49,14 @@ def update(check: bool) -> int:
     return int(check and stale)
 
 
-def text(values: list[Any], digits: int = 2) -> str:
+def text(found: MeanStd | None, digits: int = 2) -> str:
     """Mean and standard deviation; a dash if a value is missing."""
-    found = mean_std(values)
     return found.text(digits) if found else "-"
 
 
-def columns(results: list[Result], *names: str, digits: int = 2) -> list[str]:
+def columns(cell: TableCell, *names: str, digits: int = 2) -> list[str]:
     """Figures over seeds."""
-    return [text([result.figures[name] for result in results], digits) for name in names]
+    return [text(cell.figures[name], digits) for name in names]
 
 
 def figures(row: Row) -> list[str]:
@@ -75,57 +74,51 @@ def recipe(kind: str, name: str) -> str:
     return f" ({texts})" if texts else ""
 
 
-def attack_table(results: list[Result], name: str) -> str:
+def attack_table(cells: list[TableCell], name: str) -> str:
     """One row: what the attack reaches, and how well its trigger hides."""
-    own = [result for result in results if (result.attack, result.defense) == (name, NONE)]
-    if not own:
+    own = next((cell for cell in cells if (cell.attack, cell.defense) == (name, NONE)), None)
+    if own is None:
         return ""
-    texts = columns(own, "acc", "asr", "racc")
-    triggers = [result.summary.get("trigger") or {} for result in own]
+    texts, seeds = columns(own, "acc", "asr", "racc"), len(own.results)
+    triggers = [result.summary.get("trigger") or {} for result in own.results]
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
-    texts += [text([trigger.get(key) for trigger in triggers], n) for key, n in digits.items()]
+    texts += [text(mean_std([trigger.get(key) for trigger in triggers]), n) for key, n in digits.items()]
     texts += columns(own, "seconds", digits=0)
     head = ["ACC", "ASR", "R-ACC", "PSNR", "SSIM", "L-infinity", "in ball", "seconds"]
-    crossed = [result.summary["cross_acc"] for result in own if "cross_acc" in result.summary]
+    crossed = [result.summary["cross_acc"] for result in own.results if "cross_acc" in result.summary]
     if crossed:
         head.insert(3, "cross ACC")
-        texts.insert(3, text(crossed) + f" ({len(crossed)} seeds)" * (len(crossed) < len(own)))
-    about = f"Recipe `cpu`{recipe('attack', name)}, {len(own)} seed{'s' * (len(own) > 1)}; [columns](README.md#tables)."
+        texts.insert(3, text(mean_std(crossed)) + f" ({len(crossed)} seeds)" * (len(crossed) < seeds))
+    about = f"Recipe `cpu`{recipe('attack', name)}, {seeds} seed{'s' * (seeds > 1)}; [columns](README.md#tables)."
     return f"{wrapped(about)}\n{markdown(head, [texts])}"
 
 
-def defense_table(results: list[Result], name: str) -> str:
+def defense_table(cells: list[TableCell], name: str) -> str:
     """The mean over attacks and a row an attack: after the defense, and what is published."""
-    groups: dict[tuple[str, bool], list[Result]] = {}
-    for result in results:
-        if result.defense == name:
-            groups.setdefault((result.attack, result.oracle), []).append(result)
-    if not groups:
+    own = sorted((cell for cell in cells if cell.defense == name), key=lambda cell: (cell.attack, cell.oracle))
+    if not own:
         return few(name).lstrip()
-    table = published()["tables"].get(name)
-    rows = [defense_row(attack, own) for (attack, _), own in sorted(groups.items())]
-    fair = {attack: own for (attack, oracle), own in groups.items() if not oracle}
-    rows.insert(0, defense_mean([own for attack, own in fair.items() if attack != CLEAN]))
+    table, fair = published()["tables"].get(name), [cell for cell in own if not cell.oracle]
+    rows = [defense_mean([cell for cell in fair if cell.attack != CLEAN]), *map(defense_row, own)]
     head = ["attack", "ACC", "ASR", "R-ACC", "DER"] + ["published: ACC / ASR"] * bool(table)
     source = re.split("; (?:DER|R-ACC)", table["source"])[0] if table else ""
-    times = [statistics.mean(one.figures["seconds"] or 0.0 for one in own) for own in fair.values()]
+    times = [cell.figures["seconds"].mean for cell in fair]
     about = f"Recipe `cpu`{recipe('defense', name)}; {min(times):.0f} to {max(times):.0f} s"
     about += " ([columns](README.md#tables))." + f" Published: {source}." * bool(table)
-    flags = flagged([result for result in results if result.defense == name])
-    return f"{wrapped(about)}\n{markdown(head, rows)}{flags}{few(name)}"
+    return f"{wrapped(about)}\n{markdown(head, rows)}{flagged(own)}{few(name)}"
 
 
 def few(name: str) -> str:
     """What a tenth of digits as clean set leads to, and whether that removes the backdoors."""
-    own = [one for one in kept("digits") if one.defense == name]
-    groups = [[one for one in own if one.attack == attack] for attack in ("badnet", "blended")]
-    if not all(groups):
+    own = [cell for attack in ("badnet", "blended") for cell in kept("digits")
+           if (cell.attack, cell.defense) == (attack, name)]  # fmt: skip
+    if len(own) < 2:
         return ""
-    lost = [one.acc_lost for own in groups for one in own]
-    cheap = all(points is not None and points <= 5 for points in lost)
-    removed = [one.figures["asr"] <= 15 and one.figures["racc"] >= 70 for own in groups for one in own]
-    texts = [f"{own[0].attack} {' / '.join(columns(own, 'asr', 'racc', digits=1))}" for own in groups]
-    verdict = "are enough" if cheap and all(removed) else "are not enough"
+    every = [one for cell in own for one in cell.results]
+    cheap = all(one.acc_lost is not None and one.acc_lost <= 5 for one in every)
+    removed = all(one.figures["asr"] <= 15 and one.figures["racc"] >= 70 for one in every)
+    texts = [f"{cell.attack} {' / '.join(columns(cell, 'asr', 'racc', digits=1))}" for cell in own]
+    verdict = "are enough" if cheap and removed else "are not enough"
     about = f"143 [digits](../results/digits.md) (ASR / R-ACC: {', '.join(texts)}) {verdict}."
     return f"\n{wrapped(about)}"
 
@@ -135,28 +128,25 @@ def wrapped(paragraph: str) -> str:
     return "\n".join(textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False)) + "\n"
 
 
-def defense_row(attack: str, own: list[Result]) -> list[str]:
+def defense_row(cell: TableCell) -> list[str]:
     """The row of one attack; without the last cell for a defense that is published nowhere."""
-    dead = f" {DEAD}" * any(result.missed_gate is not None for result in own)
-    who = ", **oracle**" * own[0].oracle
-    texts = [attack + dead + who, *columns(own, "acc", "asr", "racc", "der")]
-    table = published()["tables"].get(own[0].defense)
-    return texts + ([published_cell(table, table["rows"].get(attack), own[0].oracle)] if table else [])
+    name = cell.attack + f" {DEAD}" * bool(cell.dead) + ", **oracle**" * cell.oracle
+    table = published()["tables"].get(cell.defense)
+    theirs = [published_cell(table, table["rows"].get(cell.attack), cell.oracle)] if table else []
+    return [name, *columns(cell, *PERCENT), *theirs]
 
 
-def means(groups: list[list[Result]], *names: str) -> list[str]:
+def means(cells: list[TableCell], *names: str) -> list[str]:
     """Means over attacks of the means over seeds."""
-    return figures(mean_row([[statistics.mean(one.figures[key] or 0.0 for one in own) for key in names]
-                             for own in groups]))  # fmt: skip
+    return figures(mean_row([[one.mean if (one := cell.figures[name]) else None for name in names] for cell in cells]))
 
 
-def defense_mean(groups: list[list[Result]]) -> list[str]:
+def defense_mean(cells: list[TableCell]) -> list[str]:
     """The row of means; of what is published only where that is every attack."""
-    texts = [f"**mean of {len(groups)}**", *means(groups, "acc", "asr", "racc", "der")]
-    table = published()["tables"].get(groups[0][0].defense)
+    texts, table = [f"**mean of {len(cells)}**", *means(cells, *PERCENT)], published()["tables"].get(cells[0].defense)
     if table:
-        rows = [table["rows"][own[0].attack] for own in groups if own[0].attack in table["rows"]]
-        texts.append(published_cell(table, mean_row(rows) if len(rows) == len(groups) else None, oracle=False))
+        rows = [table["rows"][cell.attack] for cell in cells if cell.attack in table["rows"]]
+        texts.append(published_cell(table, mean_row(rows) if len(rows) == len(cells) else None, oracle=False))
     return texts
 
 
@@ -167,15 +157,13 @@ def published_cell(table: dict[str, Any], row: Row | None, oracle: bool) -> str:
     return " / ".join(figures(row[:2])) + " †" * (table["selection"] == "oracle" and not oracle)
 
 
-def flagged(results: list[Result]) -> str:
+def flagged(cells: list[TableCell]) -> str:
     """The classes that a defense flagged, by attack, for defenses whose summaries say so."""
-    found: dict[str, list[list[int]]] = {}
-    for result in results:
-        if "flagged" in result.summary.get("findings", {}):
-            found.setdefault(result.attack, []).append(result.summary["findings"]["flagged"])
+    found = {cell.attack: [one.summary.get("findings", {}).get("flagged") for one in cell.results] for cell in cells}
     texts = [
         f"{attack} {' / '.join(', '.join(map(str, classes)) or 'none' for classes in seeds)}"
         for attack, seeds in found.items()
+        if None not in seeds
     ]
     about = "Flagged classes, with `/` between seeds; any class of `prototype` is a false alarm"
     return f"\n{about}:\n{'; '.join(texts)}.\n" if texts else ""

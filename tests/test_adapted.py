@@ -121,6 +121,7 @@ def test_what_the_user_gives_stands() -> None:
     assert first_line(SAU()).startswith("500 updates at 0.0015 (OneCycleLR): 40 images")
     assert first_line(SAU(eps=0.1)).startswith("500 updates")
     assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
+    assert first_line(SAU(lr=0.01, lr_scheduler="CosineAnnealingLR", min_lr=5e-3)).startswith("100 updates at 0.01")
     assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
     searched = [first_line(method, **how).endswith("patches are searched")
                 for method in (SAU(), SAUSAM()) for how in ({}, {"settings": "as_given"})]  # fmt: skip
@@ -139,6 +140,10 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     gone = compare(planted()[0], fixed, x, y, print)
     assert gone["after"] > 1.5 * kept["after"] and not gone["doubts"]
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
+    two = (torch.arange(2), (torch.ones(2), torch.ones(2)), torch.tensor([1.0, 40.0]))  # classes, patches, sizes
+    monkeypatch.setattr(checks, "patch_of_each_class", lambda *given: two)
+    monkeypatch.setattr(checks, "smallest_patches", lambda *given: (None, torch.tensor([19.0])))
+    assert (found := compare(net, fixed, x, y, print))["doubts"] and found["typical"] == 40.0
 
 
 @pytest.mark.parametrize(("given", "holds", "searched"), [

@@ -65,7 +65,6 @@ def test_one_update_descends_both_losses_by_their_weights(weights):
     clean, adversarial = (sum(rows[i, y[i]] for i in range(5)) / 5 for rows in (z, z_adv))
     loss = weights[0] * clean + weights[1] * adversarial
     gradients = torch.autograd.grad(loss, list(other.parameters()))
-
     settings = {"lr": 0.1, "client_optimizer": "sgd", "weight_clean": weights[0], "weight_adv": weights[1]}
     defense = AT(eps=EPS, adv_lr=RATE, adv_steps=STEPS, **settings)
     report = defense.step(defense.prepare(net.train(), range(1)), x, y)

@@ -626,6 +626,14 @@ def test_networks_that_no_attack_can_train_are_refused(net, kind):
         BadNet().fit(net, toy_images(8), RECIPE, session=quiet())
 
 
+def test_frozen_weights_stay_with_resilient_rho():
+    (net := tiny_net()).features[0].requires_grad_(False)
+    before = [weight.clone() for weight in net.parameters()]
+    BadNet(resilient_rho=0.1).fit(net, toy_images(20), RECIPE, session=quiet())
+    pairs = zip(net.parameters(), before, strict=True)
+    assert all(torch.equal(weight, old) != weight.requires_grad for weight, old in pairs)
+
+
 def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
     """Of 16 channels the one with a scale of 9 gets the mean of all, (15 + 9) / 16, and the mean shift, 8 / 16."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
@@ -690,6 +698,8 @@ def test_lc_by_hand():
     assert torch.equal(lc.stamp(x, test=True), (x + c).clamp(0, 1))
     assert torch.equal(lc.stamp(x), (x + e + c).clamp(0, 1)) and 0 < float(e.abs().max()) <= 8 / 255 + 1e-6
     assert F.cross_entropy(lc.trigger(x + e), target) > F.cross_entropy(lc.trigger(x), target) + 0.01
+    with pytest.raises(ConfigError, match="11 pixels"):
+        lc.stamp(x[..., :8, :8], test=True)
 
 
 def test_dfba_opens_its_path_to_the_trigger_alone(monkeypatch):

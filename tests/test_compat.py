@@ -347,7 +347,6 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in ours.net.state_dict().items())
     x = to_float(triggered.pixels[:4])
     assert torch.allclose(found.model()(x), ours(x), rtol=0, atol=1e-6)
-
     monkeypatch.chdir(root)
     theirs = bench_load(root, "new")
     assert list(theirs["model"]) == list(ours.net.state_dict()) and theirs["img_size"] == (32, 32, 3)

@@ -91,13 +91,10 @@ def small(*argv: str) -> Small:
     return Settings("x", Small, (Small,), argv).settle("cpu", "digits")[0]
 
 
-def test_flags_under_all_their_names():
+def test_flags_under_all_their_names_and_switches_without_a_value():
     assert small("--lr", "1", "--n_steps", "4", "--m=fast") == Small(lr=1.0, steps=4, mode="Fast")
     assert small("--learning_rate", "2") == Small(lr=2.0) and small() == Small()
     assert small("--lr", "1", "--learning_rate", "1") == Small(lr=1.0)
-
-
-def test_a_switch_needs_no_value():
     assert small("--strict").strict and small("--strict", "--lr", "1").strict and not small("--strict", "false").strict
     assert asked(["--train_mode"])[1].train_mode is True
 

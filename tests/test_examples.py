@@ -103,12 +103,7 @@ def asr(printed: str, row: str) -> float:
 
 
 def test_the_notebooks_are_kept_with_their_outputs_and_images():
-    assert [path.name for path in NOTEBOOKS] == [
-        "1_purify.ipynb",
-        "2_theory.ipynb",
-        "3_your_own.ipynb",
-        "4_a_folder.ipynb",
-    ]
+    assert [path.stem for path in NOTEBOOKS] == ["1_purify", "2_theory", "3_your_own", "4_a_folder"]
     for path, images in zip(NOTEBOOKS, (2, 3, 2, 0), strict=True):
         text, notebook = path.read_text(), json.loads(path.read_text())
         counts = [cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -376,6 +376,8 @@ def test_all_cells_are_stopped_together(program, tmp_path):
 def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memory, seen):
     """Of GPUs, cells see the numbers that this process sees."""
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert engines.visible_gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     here = Local([CELL, replace(CELL, **needs)], {}, memory, cores=5, memory_gb=10.0)
     assert here.places == len(seen) and here.devices == seen

@@ -34,7 +34,6 @@ def test_the_hypergradient_is_that_of_the_description_word_by_word(space):
     delta, carriers = torch.rand(1, 1, 4, 4, dtype=torch.float64) - 0.5, torch.tensor([1, 4])
     defense = IBAU(space=space, l2_weight=0.02, fixed_point_lr=0.15, K=5)
     found = hypergradient(defense, owned, (x, y), (x0, y0), delta, carriers)
-
     weights, into = list(net.parameters()), 1.0 if space == "normalised" else 1 / std
     a, a0 = (x - 0.5) / 0.25, (x0 - 0.5) / 0.25
 

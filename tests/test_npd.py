@@ -100,7 +100,6 @@ def test_a_step_weighs_the_losses():
     state = method.prepare(net, range(1))
     other = copy.deepcopy(net)
     report = method.step(state, x, y)
-
     answer, runner_up = other(x).topk(2).indices.T
     delta = method.search(other, x, runner_up)
     other.features[3].norm.train()

@@ -316,6 +316,13 @@ def test_a_full_disk_at_the_end_costs_only_the_end(tmp_path, monkeypatch):
     assert not (tmp_path / "a" / CHECKPOINT).exists() and Record(tmp_path / "a").check()
 
 
+def test_rows_since_the_last_checkpoint_stay_when_a_later_stage_asks_for_it(tmp_path):
+    begun(tmp_path / "a").save(EPOCH_1)
+    (record := begun(tmp_path / "a")).load()
+    record.log_metrics(epoch=2, loss=0.5)
+    assert record.load() == EPOCH_1 and (record.path / "metrics.jsonl").read_text().count("\n") == 1
+
+
 def test_tensors_in_another_memory_layout_come_back(tmp_path):
     record, weight = begun(tmp_path / "a"), torch.rand(4, 3, 5, 5).to(memory_format=torch.channels_last)
     kept = {"weight": weight, "view": weight[:, 1], "one": weight.mean(), "same": weight}

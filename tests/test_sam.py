@@ -87,7 +87,6 @@ def test_a_step_is_the_papers_in_double_precision(adaptive, alpha, share):
     there = gradient({name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)})
     across = g - (g @ there) / (there @ there) * there
     wanted = w - 0.1 * (there - alpha * across)
-
     once = tiny_net().double().train()
     once(x)
     method.step(method.prepare(net, range(1)) if share else attack.prepare(net, Training(**how), 1), x, y)
@@ -124,7 +123,6 @@ def test_a_step_is_the_formulas_in_double_precision(true, distill):
         eps=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero", rho=RHO, label_smoothing=SMOOTHING, lr=LR, wd=0.0,
         weight_true=true, weight_shared=1.5, distill=distill, patches=0.0, sgd_momentum=0.0, lr_scheduler="constant",
     )  # fmt: skip
-
     search = ReleasedSAU(twin, reference, trigger_norm=EPS, adv_lr=RATE, adv_steps=STEPS, pgd_init="zero")
     found = x + search.perturb(x, y)
     s, kept = reference(found).argmax(1), reference(x).argmax(1)
@@ -153,7 +151,6 @@ def test_a_step_is_the_formulas_in_double_precision(true, distill):
             weight.copy_(w + RHO * w**2 * g / norm)
     there = torch.autograd.grad(loss(), weights)
     assert not torch.allclose(here[0], there[0], rtol=0.01)
-
     report = method.step({**method.prepare(net, range(1)), "_reference": reference, "_sam": FTSAM(rho=RHO)}, x, y)
     assert 0 < report["shared"] < 12
     for after, w, g in zip(net.parameters(), before, there, strict=True):
@@ -162,11 +159,11 @@ def test_a_step_is_the_formulas_in_double_precision(true, distill):
 
 
 def test_the_search_starts_at_random_inside_the_ball():
-    (net, reference), (x, y) = attacked(), batch(12, 5)
-    found = []
+    (net, _), (x, y), found, method = attacked(), batch(12, 5), [], SAUSAM(eps=EPS, patches=0.0)
     for seed in (0, 0, 1):
+        state = method.prepare(net, range(1))
         torch.manual_seed(seed)
-        found.append(SAUSAM(eps=EPS, patches=0.0).search({"model": net, "_reference": reference}, x, y)[0])
+        found.append(method.search(state, x, y)[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert ((found[0] - x).abs() <= EPS + 1e-12).all()
 

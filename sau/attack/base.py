@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.attack.resilient import clean_state, clean_step, fed, hold_back, smooth
+from sau.attack.resilient import clean_state, clean_step, fed, hold_back, smooth, trainable
 from sau.attack.triggers import TriggerContext
 from sau.config import at_most, param
 from sau.data.batches import Augment, Batches, check_seed, quantise, seeded, to_float
@@ -206,7 +206,7 @@ class Attack(Method, ABC):
 
     def prepare(self, model: nn.Module, recipe: Training, steps: int) -> State:
         """What changes during training; `steps` updates make an epoch."""
-        return {"model": model, "descent": recipe.descent(model.parameters(), steps)}
+        return {"model": model, "descent": recipe.descent(trainable(model), steps)}
 
     def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Pixels, Labels]:
         """What a batch becomes before `step`. Do all random sampling here; `step` may be replayed as a CUDA graph."""

@@ -7,6 +7,7 @@ The images are those of the target class t, and keep their label. f, the surroga
 one to attack (in the paper, against adversarial examples); c is 1 and -1 by turns in the four corners.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -17,6 +18,8 @@ from sau.attack.base import Attack
 from sau.attack.prototype import train_clean
 from sau.attack.triggers import TriggerContext
 from sau.config import param
+from sau.data.batches import VALUES_AT_ONCE
+from sau.errors import require
 from sau.pgd import Ball, pgd
 from sau.types import Change, PerImage, Pixels
 
@@ -44,7 +47,8 @@ class LC(Attack):
         return train_clean(context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        e = torch.zeros_like(x) if test else self.perturbation(x.detach().float()).to(x.dtype)
+        parts = x.detach().float().split(max(1, VALUES_AT_ONCE // math.prod(x.shape[1:])))
+        e = torch.zeros_like(x) if test else torch.cat([self.perturbation(part) for part in parts]).to(x.dtype)
         return (x + e + self.reduced_amplitude * corners(*x.shape[-2:]).to(x)).clamp(0, 1)
 
     @torch.enable_grad()
@@ -61,7 +65,8 @@ class LC(Attack):
 
 @cache
 def corners(height: int, width: int) -> Tensor:
-    """c [1, H, W], which grows with the image."""
+    """c [1, H, W], which grows with the image; ConfigError below 11 pixels, where corners get none of it."""
+    require("side of the images", min(height, width), min(height, width) >= 11, "11 pixels and more for lc")
     c, places = torch.zeros(32, 32), torch.arange(CORNER)
     ends = torch.cat([places, places - CORNER])
     c[ends[:, None], ends] = (1.0 - 2 * ((places[:, None] + places) % 2)).repeat(2, 2)

@@ -92,7 +92,7 @@ class SSBA(Attack):
             found, trigger.figures = cached_trigger("ssba", identity, build, context)
         encoder.load_state_dict(found)
         w, psnr, most = trigger.figures["w"], trigger.figures["psnr_in_db"], self.ssba_weight
-        if w < most:
+        if w < (1 - 1e-6) * most:  # w is fp32
             shows = f"w ended at {w:.3g} of {most:g}, so the trigger shows more than it has to ({psnr:.1f} dB)"
             context.session.say(f"warning: {shows}; try more --ssba_epochs, or none")
         return trigger.eval().requires_grad_(False)

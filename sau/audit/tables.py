@@ -78,7 +78,7 @@ def tables(audits: Sequence[Audit]) -> str:
     """Markdown: ASR in percent for every part, then BEC; mean ± standard deviation where there are several seeds."""
     n, draws = len(audits), len(audits[0]["asked"]["seeds"])
     over = f"{n} attacked networks" if n > 1 else f"{draws} draws of the attacker's"
-    texts = [f"Mean ± standard deviation over {over}."] if n > 1 or draws > 1 else []
+    texts = [f"Mean ± standard deviation over {over}; of two both values."] if n > 1 or draws > 1 else []
     acc = curves(audits, "acc")
     for key, lines in curves(audits).items():
         steps = _steps(lines)

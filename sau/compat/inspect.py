@@ -38,13 +38,13 @@ def inspect(path: Path, to: Path | None = None) -> Report:
         report |= {"sha256": hashlib.sha256(raw).hexdigest(), "format": weights.file_format(raw) or None}
         found = weights.read(path, raw)
         report |= _described(found, folder)
-        if to is not None:
-            write(to, _packed(found.below(report["network"]["prefix"] if report["network"] else "")))
-        return {**report, "status": HARMLESS}
     except torch_file.ProgramError as error:
         return {**report, "status": SUSPICIOUS, "verdict": f"suspicious: {error}"}
     except (RecordError, ConfigError, OSError) as error:
         return {**report, "verdict": f"unreadable: {error}"}
+    if to is not None:
+        write(to, _packed(found.below(report["network"]["prefix"] if report["network"] else "")))
+    return {**report, "status": HARMLESS}
 
 
 def _described(found: Weights, folder: Path | None) -> Report:

@@ -198,13 +198,14 @@ def _imported(run: OwnRun) -> Callable[[], nn.Module]:
     """What gives the network of the user's own function, which is called here, once."""
     if not run.trust_code:
         raise ConfigError(f"--arch {run.arch} would run that code; give --trust_code true if you trust it")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` does
     try:
         net = resolve_name(run.arch)()
     except Exception as error:  # whatever that code raises
         raise ConfigError(f"--arch {run.arch} failed: {type(error).__name__}: {error}") from None
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     if not isinstance(net, nn.Module):
         raise ConfigError(f"--arch {run.arch} returned {type(net).__name__}, allowed is a torch.nn.Module")
     return lambda: net

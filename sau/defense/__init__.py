@@ -1,4 +1,4 @@
-"""The defenses. Importing one here puts it on the command line."""
+"""The defenses. Those in `DEFENSES` are on the command line."""
 
 from sau.defense.anp import ANP as ANP
 from sau.defense.at import AT as AT

@@ -23,7 +23,7 @@ from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
-from sau.pgd import INIT_HELP, RADII, Ball, Init, Norm, is_radius
+from sau.pgd import INIT_HELP, RADII, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
@@ -82,12 +82,14 @@ class Defense(Method, ABC):
         return replace(self, **{**settings, **lengths, "batch_size": size})
 
     def fitted(self, given: Set[str], model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
-        """`adapted`, unless the user gave a setting that it changes, or batch size, rate, schedule or optimiser: then
+        """`adapted`, unless the user gave a setting that it changes, or batch size, a rate, schedule or optimiser: then
         these settings stay. `given` are the names of what the user gave."""
-        adapted, ours = self.adapted(model, images, per_epoch), self.params()
+        ours = self.params()
+        if given & ours.keys() & {"batch_size", "lr", "min_lr", "lr_scheduler", "client_optimizer"}:
+            return self
+        adapted = self.adapted(model, images, per_epoch)
         changed = {name for name, value in adapted.params().items() if value != ours[name]}
-        updates = {"batch_size", "lr", "lr_scheduler", "client_optimizer"} & ours.keys()
-        return self if given & (changed | updates) else adapted
+        return self if given & changed else adapted
 
     def plan(self, images: int, batches: Batched, right: float) -> str:
         """The first line: how many images there are, and how long and how fast it trains; `right` is the share of them
@@ -249,8 +251,3 @@ class AdversarialTraining(TrainingDefense):
         epochs = math.ceil(UPDATES / (per_epoch or count_batches(images, size)))
         changed: dict[str, Any] = {"lr": weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
         return replace(self, **changed, epochs=epochs, batch_size=size)
-
-    @property
-    def ball(self) -> Ball:
-        """S."""
-        return Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)

@@ -198,9 +198,9 @@ def compare(
     gradients from then on.
 
     Returns sizes of patches in pixels, None where there is none: `sizes`, by class, of the smallest that send 9 of 10
-    images there in the attacked network, their smallest `before` and median `typical`; `after`, the one of `before`,
-    grown until it sends half of the images there in the purified network, too. And `doubts`: whether too little changed
-    to have removed a backdoor. Nothing, with a warning, where memory ran out.
+    images there in the attacked network, their smallest `before` and median `typical` (the larger of two); `after`, the
+    one of `before`, grown until it sends half of the images there in the purified network, too. And `doubts`: whether
+    too little changed to have removed a backdoor. Nothing, with a warning, where memory ran out.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     try:
@@ -213,7 +213,8 @@ def compare(
             raise
         say(f"warning: no verdict, because its search ran out of memory; a batch_size below {FEW} makes it smaller")
         return {}
-    found = {"before": float(sizes.min()), "after": float(after), "typical": float(sizes.median())}
+    typical = sizes.median() if len(sizes) > 2 else sizes.max()  # torch's median of two is the smaller
+    found = {"before": float(sizes.min()), "after": float(after), "typical": float(typical)}
     by_class = dict(zip(map(str, classes.tolist()), sizes.tolist(), strict=True))
     doubts = found["after"] < SMALL * found["typical"]
     verdict = {**rounded(found), "doubts": doubts, "sizes": rounded(by_class)}

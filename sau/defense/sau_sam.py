@@ -20,7 +20,6 @@ trigger.
 import copy
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,8 +89,9 @@ class SAUSAM(TrainingDefense):
         reference = copied(model).eval().requires_grad_(False)
         # Each weight of a smaller network has a larger share of e_w.
         sam = FTSAM(rho=self.rho * size_factor(model))
-        patches = self.sau.start_patches(reference, batches)
-        return {**super().prepare(model, batches), "_reference": reference, "_sam": sam, **patches}
+        sau = SAU(**{name: self.params()[name] for name in ("eps", "adv_lr", "adv_steps", "pgd_init", "patches")})
+        state = {"_reference": reference, "_sam": sam, "_sau": sau, **sau.start_patches(reference, batches)}
+        return {**super().prepare(model, batches), **state}
 
     def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
         with seeded(0):  # opening a loader draws, but not from our numbers
@@ -99,12 +99,6 @@ class SAUSAM(TrainingDefense):
         if count := cut_closed(state["model"], images):
             session.say(f"{count} channels and inputs that no clean image opens are cut")
         super().train(state, batches, session)
-
-    @cached_property
-    def sau(self) -> SAU:
-        """Whose search it is."""
-        names = ("eps", "adv_lr", "adv_steps", "pgd_init", "patches")
-        return SAU(**{name: self.params()[name] for name in names})
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
         model = state["model"]
@@ -118,7 +112,7 @@ class SAUSAM(TrainingDefense):
         """x', s, where s is neither the label nor h_b's answer on x, and q(x) [B, K]."""
         with torch.no_grad():
             clean, z_ref = state["model"].eval()(x).argmax(1), state["_reference"](x)
-        delta, s = self.sau.search(state, x, y, clean, clean_ref := z_ref.argmax(1))
+        delta, s = state["_sau"].search(state, x, y, clean, clean_ref := z_ref.argmax(1))
         return x + delta, s, (s != y) & (s != clean_ref), z_ref.softmax(1)
 
     def loss(
@@ -139,7 +133,7 @@ class SAUSAM(TrainingDefense):
 def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
     """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, and the
     inputs of linear layers that are always 0, in each layer where no logit changes by it; returns how many."""
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}  # its weight is stored
     layers: dict[str, nn.Module] = {**linear, **affine_norms(model)}
     highest: dict[nn.Module, Tensor] = {}
 

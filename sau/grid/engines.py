@@ -145,7 +145,7 @@ def visible_gpus() -> list[str | None]:
     """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES has for them."""
     import torch
 
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name not in ("", "-1")]
     return [*(names or map(str, range(torch.cuda.device_count())))]
 
 

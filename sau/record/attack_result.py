@@ -65,8 +65,8 @@ class AttackResult:
 
     def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
         """The clean training and test images that the attack saw, and notes about them. `dataset_path` is where they
-        are; None is where the attack found them, and nothing is downloaded there. DataError if they are not there,
-        RecordError if others are."""
+        are; None is where the attack found them, and nothing is downloaded there but into ./data. DataError if they
+        are not there, RecordError if others are."""
         place = dataset_path or self.dataset_path
         if dataset_path is None and place != sources.DATA_FOLDER and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")

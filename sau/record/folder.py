@@ -78,7 +78,8 @@ class Record:
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
         if self.finished and same:
             self.check(light=True)
-            raise Finished(f"{self.path} is finished; --overwrite repeats it")
+            early = f", ended early in {old['identity'][EARLY]}" if old["identity"].get(EARLY) else ""
+            raise Finished(f"{self.path} is finished{early}; --overwrite repeats it")
         advice = "choose another --save_folder_name, or discard it by --overwrite"
         if self.finished:
             raise RecordError(f"{self.path} is finished; {advice}")
@@ -144,12 +145,13 @@ class Record:
             if hashlib.sha256(raw[64:]).hexdigest().encode() != raw[:64]:
                 raise ValueError("SHA-256 differs")
             place: dict[str, Any] = torch.load(io.BytesIO(raw[64:]), weights_only=True, map_location="cpu")
-            seconds, self.rows = float(place.pop("seconds")), place.pop("rows")
+            seconds, rows = float(place.pop("seconds")), place.pop("rows")
         except Exception as error:  # torch raises a dozen types on what it refuses
             reason = first_line(error)[:100]
             raise RecordError(f"{file} is damaged ({reason}); start again with --overwrite") from None
-        self.earlier = seconds if self.earlier is None else self.earlier
-        write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if self.earlier is None:  # a later stage asks again, and its rows stand
+            self.earlier, self.rows = seconds, rows
+            write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return place
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], *, pickled: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Self-contained HTML pages: of all results below a folder, and of one purified network of somebody's own."""
 
 import json
-import math
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -66,14 +65,14 @@ def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
     parts |= {"statistics anew": (anew, anew["risk"])} if anew else {}
     for other in beside:
         theirs = _own(other)[1]
-        parts[f"{other.resolve().name}, before"] = theirs["before"], theirs["risk"]["before"]
+        parts[f"{other}, before"] = theirs["before"], theirs["risk"]["before"]
     columns = [{**scores, **risks} for scores, risks in parts.values()]
     lines = [(what, [_share(column, name) for column in columns]) for name, what in OWN_FIGURES.items()]
     patches = list[tuple[str, float | None, float]]()
     if verdict:
         names = [config["model"]["class_names"][int(name)] for name in verdict["sizes"]]
-        sizes = verdict["sizes"].values()
-        index = anomaly(torch.tensor([math.inf if size is None else size for size in sizes])).nan_to_num(0.0).tolist()
+        sizes, whole = verdict["sizes"].values(), float(config["own"]["input_size"] ** 2)  # no patch is larger
+        index = anomaly(torch.tensor([whole if size is None else size for size in sizes])).tolist()
         patches = sorted(zip(names, sizes, index, strict=True), key=lambda row: -row[2])
     return _environment().get_template("own.html").render(
         name=folder.resolve().name, config=config, columns=list(parts), lines=lines, search=risk["search"],
