@@ -26,8 +26,8 @@ class MicroBatchedStep:
     """A step that repeats its batch in 2, 4, ... micro-batches once memory runs out; later batches keep the number.
 
     The gradients of the micro-batches, weighted by their sizes, sum up to the batch's: the update is the same up to
-    rounding where each image's loss is its own. Batch norm in train mode sees one micro-batch at a time, and its
-    running statistics count the images of the failed attempt, too.
+    rounding where each image's loss is its own. SAU's patches move once a micro-batch. Batch norm in train mode sees
+    one micro-batch at a time, and its running statistics count the images of the failed attempt, too.
 
     `state` is that of the step, with its `model` and its `descent`. `compose` makes the batch of the step: it does the
     random sampling, which a replay would not repeat. For `supports_microbatch` and `graph_safe` see `Method`.
