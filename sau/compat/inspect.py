@@ -22,7 +22,8 @@ def inspect(path: Path, to: Path | None = None) -> Report:
     """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or into a folder that `pretrained` opens.
 
     If the verdict is harmless, its tensors are written to the new file `to` as safetensors: those of the network under
-    their own names if one was recognised, else all. OSError if there is no file `path`, RecordError if `to` exists.
+    their own names if one was recognised, else all. OSError if there is no file `path`, RecordError if `to`
+    exists, cannot be written, or would have to hold complex numbers.
 
     Returns:
         path, bytes, sha256, format, tensors (name, shape, dtype, values, nan), network (see `Guess`, or None), classes

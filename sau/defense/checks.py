@@ -213,7 +213,8 @@ def compare(
             raise
         say(f"warning: no verdict, because its search ran out of memory; a batch_size below {FEW} makes it smaller")
         return {}
-    typical = sizes.median() if len(sizes) > 2 else sizes.max()  # torch's median of two is the smaller
+    two = len(sizes) == 2 and bool(sizes.isfinite().all())
+    typical = sizes.max() if two else sizes.median()  # torch's median of two is the smaller
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(typical)}
     by_class = dict(zip(map(str, classes.tolist()), sizes.tolist(), strict=True))
     doubts = found["after"] < SMALL * found["typical"]

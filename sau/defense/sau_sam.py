@@ -133,7 +133,8 @@ class SAUSAM(TrainingDefense):
 def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
     """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, and the
     inputs of linear layers that are always 0, in each layer where no logit changes by it; returns how many."""
-    linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}  # its weight is stored
+    modules = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    linear = {name: layer for name, layer in modules if "weight" in layer._parameters}  # not computed, like weight_norm
     layers: dict[str, nn.Module] = {**linear, **affine_norms(model)}
     highest: dict[nn.Module, Tensor] = {}
 

@@ -145,8 +145,9 @@ def visible_gpus() -> list[str | None]:
     """The GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES has for them."""
     import torch
 
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name not in ("", "-1")]
-    return [*(names or map(str, range(torch.cuda.device_count())))]
+    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return [*map(str, range(torch.cuda.device_count()))]
+    return [name for name in names.split(",") if name not in ("", "-1")]
 
 
 class RayEngine:
