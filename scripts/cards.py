@@ -110,8 +110,7 @@ def defense_table(cells: list[TableCell], name: str) -> str:
 
 def few(name: str) -> str:
     """What a tenth of digits as clean set leads to, and whether that removes the backdoors."""
-    own = [cell for attack in ("badnet", "blended") for cell in kept("digits")
-           if (cell.attack, cell.defense) == (attack, name)]  # fmt: skip
+    own = [cell for cell in kept("digits") if cell.defense == name and cell.attack in ("badnet", "blended")]
     if len(own) < 2:
         return ""
     every = [one for cell in own for one in cell.results]

@@ -160,8 +160,8 @@ def test_a_step_is_the_formulas_in_double_precision(true, distill):
 
 def test_the_search_starts_at_random_inside_the_ball():
     (net, _), (x, y), found, method = attacked(), batch(12, 5), [], SAUSAM(eps=EPS, patches=0.0)
+    state = method.prepare(net, range(1))
     for seed in (0, 0, 1):
-        state = method.prepare(net, range(1))
         torch.manual_seed(seed)
         found.append(method.search(state, x, y)[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -47,8 +47,9 @@ class LC(Attack):
         return train_clean(context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
-        parts = x.detach().float().split(max(1, VALUES_AT_ONCE // math.prod(x.shape[1:])))
-        e = torch.zeros_like(x) if test else torch.cat([self.perturbation(part) for part in parts]).to(x.dtype)
+        at_once = max(1, VALUES_AT_ONCE // math.prod(x.shape[1:]))  # the search keeps the activations of its images
+        found = (self.perturbation(part.detach().float()) for part in x.split(at_once))
+        e = torch.zeros_like(x) if test else torch.cat([*found]).to(x.dtype)
         return (x + e + self.reduced_amplitude * corners(*x.shape[-2:]).to(x)).clamp(0, 1)
 
     @torch.enable_grad()

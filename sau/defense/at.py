@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sau.config import param
 from sau.defense.base import AdversarialTraining
 from sau.graphs import fixed_norms, search_twin
-from sau.pgd import Ball, pgd
+from sau.pgd import pgd
 from sau.types import Batched, Change, Labels, Pixels
 
 
@@ -51,6 +51,6 @@ class AT(AdversarialTraining):
 
     def search(self, model: Callable[[Tensor], Tensor], x: Pixels, y: Labels) -> Change:
         """Sign ascent on CE(h(x+e), y) inside the ball."""
-        ball, steps = Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels), self.adv_steps
+        ball, steps = self.ball, self.adv_steps
         loss = partial(F.cross_entropy, target=y, reduction="none")
         return pgd(lambda e: loss(model(x + e)), x, ball.start(x, self.pgd_init), ball, steps=steps, lr=self.adv_lr)

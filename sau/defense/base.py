@@ -23,7 +23,7 @@ from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
-from sau.pgd import INIT_HELP, RADII, Init, Norm, is_radius
+from sau.pgd import INIT_HELP, RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
@@ -251,3 +251,8 @@ class AdversarialTraining(TrainingDefense):
         epochs = math.ceil(UPDATES / (per_epoch or count_batches(images, size)))
         changed: dict[str, Any] = {"lr": weight_rate(model), "lr_scheduler": "OneCycleLR", "augment": few}
         return replace(self, **changed, epochs=epochs, batch_size=size)
+
+    @property
+    def ball(self) -> Ball:
+        """S."""
+        return Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)

@@ -27,7 +27,7 @@ from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, search_twin
 from sau.models.normalized import copied
-from sau.pgd import PATCHES_HELP, Ball, SharedPatches, unsettled
+from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
@@ -170,7 +170,7 @@ class SAU(AdversarialTraining):
         """
         n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", False)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
-        ball = Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)
+        ball = self.ball
         delta, s = ball.start(x, self.pgd_init), clean_ref.clone()
         for active in torch.arange(n, device=x.device).split(AT_ONCE_ON_CPU if may_shrink else n):
             for _ in range(self.adv_steps):

@@ -78,7 +78,7 @@ class Record:
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
         if self.finished and same:
             self.check(light=True)
-            early = f", ended early in {old['identity'][EARLY]}" if old["identity"].get(EARLY) else ""
+            early = f", ended early in {where}" if (where := old["identity"].get(EARLY)) else ""
             raise Finished(f"{self.path} is finished{early}; --overwrite repeats it")
         advice = "choose another --save_folder_name, or discard it by --overwrite"
         if self.finished:
