@@ -52,8 +52,9 @@ def test_the_rate_follows_from_the_weights() -> None:
 
 def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
-    for net, *own in ((nn.Sequential(plain, nn.BatchNorm2d(4)), 0.3, "random"), (nn.Sequential(plain), 0.0, "max")):
-        assert ((found := SAU().adapted(net, 100)).patches, found.weight_adv, found.pgd_init) == (0.8, *own)
+    for net, weight in ((nn.Sequential(plain, nn.BatchNorm2d(4)), 0.3), (nn.Sequential(plain), 0.0)):
+        found = SAU().adapted(net, 100)
+        assert (found.patches, found.weight_adv, found.pgd_init, found.adv_lr) == (0.8, weight, "max", 0.2)
     few, enough = (SAU().adapted(PreActResNet18(10, 4), count) for count in (1999, 2000))
     assert (few.patches, few.epochs, few.lr, few.weight_shared, few.clamp_loss) == (0.5, 7, 7.5e-4, 2.0, False)
     assert enough == SAU()

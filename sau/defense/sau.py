@@ -91,15 +91,14 @@ class SAU(AdversarialTraining):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """For PreAct-ResNet18 also a quarter of that rate, l2 2, the exact loss, whose gradient does not fade, and a
         patch on half of the images. On other networks most images get a patch, and twice as many updates half the rate;
-        with batch norm x + e also teaches its label, and the search starts at random, in smaller steps."""
+        with batch norm x + e also teaches its label."""
         found: SAU = super().adapted(model, images, per_epoch)
         if found is self:
             return self
         if is_published(model):
             return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
-        with_norm: dict[str, Any] = {"weight_adv": 0.3, "pgd_init": "random", "adv_lr": 0.1}
-        changed = with_norm if has_batch_norm(model) else {}
-        return replace(found, **changed, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
+        weight_adv = 0.3 if has_batch_norm(model) else self.weight_adv
+        return replace(found, weight_adv=weight_adv, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copied(model).eval().requires_grad_(False)
