@@ -251,8 +251,8 @@ class SharedPatches(nn.Module):
     * moving: begins as the fixed one;
     * whole: moving, with one value of m for all pixels, as in Blended.
 
-    What moves climbs the loss of both networks, a step of Adam a batch; a cost holds |m|_1 at half (moving) or all
-    (whole) of the median of the first sizes. The smaller a patch is at first, the more images get it.
+    What moves descends the cross-entropy of both networks to its class, a step of Adam a batch. A cost holds |m|_1 at
+    half (moving) or all (whole) of the median first size, below 1/8 of the image. Smaller patches get more images.
 
     Args:
         network: h_b.

@@ -2,7 +2,7 @@
 
     min_h  a1 * CE(h(x), y) + a2 * max_{e in S} CE(h(x+e), y)
 
-with SAU's ball, steps and optimiser, so that the two differ in what they unlearn and in nothing else.
+with SAU's ball, steps and optimiser, so that the two, with their published settings, differ only in what they unlearn.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ from sau.pgd import INIT_HELP, RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
-ENOUGH = 2000  # from here on they hold
+ENOUGH = 1900  # from here on they hold; 5 % of GTSRB are 1,960
 EASY = 0.95  # a network that is right on more of its clean images has an easy task, like digits
 SMALLEST_BATCH = 32
 UPDATES = 250  # of SAU and AT where their published settings do not hold
@@ -60,7 +60,7 @@ class Defense(Method, ABC):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
         """These settings for another network or clean set than PreAct-ResNet18 and the published 2,500 images.
 
-        Here: with fewer than 2,000 images as many updates as published (`same_updates`). Methods with other rules have
+        Here: with fewer than 1,900 images as many updates as published (`same_updates`). Methods with other rules have
         this method on their page.
 
         Args:
@@ -241,7 +241,7 @@ class AdversarialTraining(TrainingDefense):
             self.require(name, is_radius(getattr(self, name), self.norm), RADII)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Any:
-        """For another network or fewer than 2,000 images: 250 updates in batches of at least 32, at a rate that follows
+        """For another network or fewer than 1,900 images: 250 updates in batches of at least 32, at a rate that follows
         from the weights and falls to 0 (OneCycleLR); few images are augmented. The published 1,000 updates at 1e-4
         leave the backdoors of small networks in place."""
         few = images < ENOUGH

@@ -4,7 +4,7 @@ Hypergradient", ICLR 2022), as the benchmark runs it.
 One perturbation d for all images, and weights w that answer it:
 
     min_w  l_out(d*(w), w)                    l_out = CE(h(x + P d), y), P adds d to a few images of the batch
-    d*(w) = argmin_d  l_in(d, w)              l_in  = -CE(h(x + d), y) + l2 * |d|^2
+    d*(w) = argmin_d  l_in(d, w)              l_in  = -CE(h(x + d), y) + l2 * |d|^2,  y = argmax h(x) in the search
 
 d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), so by the implicit function theorem
 

@@ -10,11 +10,15 @@ Three stages, on clean pairs (x, y) alone, from the backdoored network h:
 The channels whose masks fall are those that keep h' from the clean task: they serve the backdoor.
 """
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
+from sau.data.batches import count_batches
+from sau.defense.base import SMALLEST_BATCH, Defense
 from sau.defense.pruning import ByNorm, Clean, MaskPruning, batch_norms, learn_masks, masked_logits
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
@@ -27,7 +31,6 @@ class RNP(MaskPruning):
     """Unlearn the clean task and prune the channels that hinder its recovery."""
 
     name = "rnp"
-    lengths = ("unlearning_epochs", "recovering_epochs")
     ignored = {
         **dict.fromkeys(DESCENT, "each stage has settings of its own, like --unlearning_lr and --recovering_lr"),
         "pruning_by": "masks are pruned up to a threshold, --pruning_number",
@@ -43,6 +46,13 @@ class RNP(MaskPruning):
     alpha: float = param(0.2, "weight of the loss that trains the masks", gt=0)
     pruning_number: float | None = param(0.70, "masks up to this are pruned; none means to search", ge=0, lt=1)
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
+
+    def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
+        """Two updates an epoch, as with the paper's 500 images. More images make more, at a tenth of the rate: at the
+        paper's one epoch of ascent destroys the network."""
+        size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // 500)))
+        more = (per_epoch or count_batches(images, size)) > 2
+        return replace(self, batch_size=size, unlearning_lr=self.unlearning_lr / (10 if more else 1))
 
     def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:
         unlearned = copied(model).train()

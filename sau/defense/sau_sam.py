@@ -7,7 +7,8 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     loss    L(w) = CE(h(x), y) + l2 1[s != y, s != argmax h_b(x)] * -log(1 - p_s(x')),  s = argmax h_b(x')
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
-The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The y of the clean loss is
+The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The loss of shared examples
+has its gradient as released (`unsharing_loss`). The y of the clean loss is
 smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015). In L, h
 is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
 normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
@@ -69,7 +70,7 @@ class SAUSAM(TrainingDefense):
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """With fewer than 2,000 images, or without batch norm, there are as many updates as in 20 rounds, and half of
+        """With fewer than 1,900 images, or without batch norm, there are as many updates as in 20 rounds, and half of
         the images get a patch. With batch norm l2 is doubled, and the rate falls with the size, as rho does. For
         PreAct-ResNet18 the rate is halved, and a quarter of the labels are h_b's; for others rho is a quarter, and half
         of the labels are h_b's. Without batch norm Adam trains, and the search is SAU's."""
