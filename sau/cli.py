@@ -117,7 +117,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
 
     determined = identity(method, run, {**training.params(), **data, **network})
-    record.can_start(determined, run.overwrite)  # before a trigger is made, which may take long
+    record.can_start(determined, run.overwrite, run.amp)  # before a trigger is made, which may take long
     how = {"augment": origin.augment, "seed": run.random_seed}
     limit = Limit(started + 60 * run.max_minutes, whole=True) if run.max_minutes else None
     method = method.fit_trigger(train, model, training, session=RunContext(limit=limit), **how)

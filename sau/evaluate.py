@@ -149,16 +149,22 @@ def score(
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
 
     Pixels are as `predict` has them, labels whole numbers [N]. Raises DataError for labels of another shape or kind,
-    TrainingError as `predict`.
+    and where the attack's label is the true one; TrainingError as `predict`.
     """
     if isinstance(clean, Images):
         clean = (clean.pixels, clean.labels)
-    (acc,) = proportions(model, *clean)
+    if not isinstance(clean, tuple | list):
+        raise DataError(f"the test set is a {type(clean).__name__}; allowed are Images or (pixels, labels)")
+    (acc,) = proportions(model, *map(torch.as_tensor, clean))
     if triggered is None or len(triggered) == 0:
         return Score(acc)
     if isinstance(triggered, Images):
         triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
-    return Score(acc, *proportions(model, *triggered))
+    pixels, labels, true = map(torch.as_tensor, triggered)
+    scores = proportions(model, pixels, labels, true)
+    if already := int((labels == true).sum()):
+        raise DataError(f"{already} triggered images are of the class that the attack wants; leave them out")
+    return Score(acc, *scores)
 
 
 def proportions(model: nn.Module, pixels: Tensor, *labels: Tensor) -> list[Proportion]:

@@ -19,7 +19,7 @@ from sau.config import check, param
 from sau.data.images import Images
 from sau.data.sources import DATA_FOLDER
 from sau.device import has_bf16, set_threads
-from sau.errors import ConfigError, require
+from sau.errors import require
 from sau.evaluate import Score, score
 from sau.loop import Limit, RunContext
 from sau.models import Normalized
@@ -140,12 +140,10 @@ def begin(
 ) -> None:  # fmt: skip
     """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run. `determined` is
     the `identity`, `facts` are written to `config.yaml` as well, `ignored` are flags without effect, each with the
-    reason. ConfigError if an interrupted run began in another precision than is asked now."""
-    record.can_start(determined, run.overwrite)
+    reason. Errors are those of `can_start`."""
+    record.can_start(determined, run.overwrite, run.amp)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")
-    if before is not None and run.amp not in (None, before):
-        raise ConfigError(f"amp is {run.amp}, but this run began with {before}; leave it out, or give --overwrite true")
     chosen = has_bf16(where) if run.amp is None else run.amp
     model.amp = chosen if before is None else before
     model.compiled = bool(earlier.get("compile", run.compile and method.compiles))

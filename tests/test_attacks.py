@@ -63,7 +63,6 @@ def test_a_stamp_keeps_shape_range_and_type_and_its_argument(row, side, dtype):
 @each_row
 @pytest.mark.usefixtures("unchecked")
 def test_a_stamp_is_differentiable_and_refuses_bytes(row):
-    """It would turn them into other images without a warning."""
     x = torch.rand(2, 3, 32, 32, requires_grad=True)
     (gradient,) = torch.autograd.grad(row.attack.stamp(x).sum(), x)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0

@@ -295,7 +295,6 @@ def test_a_grids_defense_is_found_by_its_name_and_one_of_another_attack_refused(
 
 
 def test_a_defense_that_test_data_chose_for_is_marked(victim, here):
-    """Whatever its folder is called: the summary says so."""
     flags = ("--result_file", "victim", *QUICK, "--select", "oracle", "--u_num", "2", "--save_folder_name", "ep")
     assert here("defense", "ep", *flags)[0] == 0
     assert list(open_case(victim, ["ep"], samples=30).networks) == ["none", "ep (oracle)"]

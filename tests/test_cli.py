@@ -91,7 +91,6 @@ def test_the_summary_and_the_rounds_of_a_defense(victim, here):
 
 
 def test_a_clean_network_is_defended_too(here, tmp_path):
-    """Nothing is triggered, so there is no ASR and no DER; ACC is still told."""
     assert here("attack", "prototype", *TINY, "--save_folder_name", "victim")[0] == 0
     folder = tmp_path / "record" / "victim"
     found = summary(folder)
@@ -140,7 +139,6 @@ def test_python_m_sau_and_what_does_not_wait_for_torch(tmp_path):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_is_a_command_and_a_script(tool, here, script, capsys):
-    """They show the same help and refuse the same flags."""
     name = f"{'inspect_checkpoint' if tool == 'inspect' else tool}.py"
     with pytest.raises(SystemExit):
         here(tool, "--help")
@@ -262,6 +260,7 @@ def test_another_run_does_not_go_on_from_a_stopped_one(here, refused, tmp_path, 
     assert [file.name for file in folder.glob("model_epoch_*")] == ["model_epoch_2.safetensors"]
     copy = safetensors.torch.load_file(folder / "model_epoch_2.safetensors")
     assert list(copy) == list(safetensors.torch.load_file(folder / "model.safetensors"))
+    assert "amp is True" in refused(*["true" if flag == "false" else flag for flag in run])  # also of a finished one
 
 
 # Bad input. Everything below ends with status 2 and exactly one line on stderr.

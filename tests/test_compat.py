@@ -464,7 +464,6 @@ def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
     ("vit_b_32", 10, 152, "1.heads.head.bias", True),
 ])  # fmt: skip
 def test_torchvisions_classifiers_fit_the_data(name, classes, entries, last, enlarged):
-    """Entries of the state dict, and the last of them."""
     model = build(name, classes, shape=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     keys = list(model.net.state_dict())
     assert (len(keys), keys[-1]) == (entries, last)

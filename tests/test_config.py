@@ -37,7 +37,6 @@ class Small(Base):
 
 
 def test_the_published_settings_of_sau_are_its_defaults():
-    """The benchmark's flags of SAU."""
     found = {name: o.default for o in options(SAU).values() for name in (o.name, *o.aliases)}
     published = {
         "n_rounds": 100, "outer_steps": 1, "lmd_1": 1, "lmd_2": 0, "lmd_3": 1, "beta_1": 0.01, "beta_2": 1,
@@ -339,7 +338,6 @@ def with_recipe(method: type, *flags: str) -> tuple:
 
 
 def test_fast_is_for_attacks_beforehand(refused):
-    """On any device, as asked; elsewhere it is the whole recipe."""
     (recipe, why), run, training, _ = with_recipe(BadNet, "--recipe", "fast")
     assert (recipe, why, run.recipe, run.width, training.epochs) == ("fast", "as asked", "fast", 64, 24)
     (recipe, why), _, training, _ = with_recipe(WaNet, "--recipe", "fast")

@@ -111,7 +111,6 @@ def test_a_toy_run_comes_out_as_it_did(kind, name):
 
 
 def test_defenses_change_the_weights_that_they_are_given():
-    """Else their toy runs would prove nothing."""
     before = [tensor.float().norm() for tensor in attacked().state_dict().values()]
     for name, frozen in FROZEN["defense"].items():
         assert frozen["outcome"]["norms"] != rounded(torch.stack(before)), name

@@ -11,7 +11,7 @@ from toys import refuses, toy_images
 
 from sau.attack.in_batch import random_rotate
 from sau.data import readers
-from sau.data.batches import Augment, Batches, clean_batches, quantise, to_float, unaugmented
+from sau.data.batches import Augment, Batches, clean_batches, quantise, stack_batches, to_float, unaugmented
 from sau.data.images import Images
 from sau.data.sources import SOURCES, clean_subset, fingerprint, load, source
 from sau.errors import ConfigError, DataError, RecordError
@@ -127,13 +127,16 @@ def test_what_a_loader_leaves_over_joins_its_last_batch(count, size, sizes):
 
 
 def test_other_loaders_keep_their_batches():
-    """Of them nobody knows beforehand which batch is the last one."""
     pixels = torch.zeros(68, 3, 4, 4)
     dataset = TensorDataset(pixels, torch.arange(68))
     own = [dataset[:4], dataset[4:36], dataset[36:]]
     for loader in (own, DataLoader(dataset, batch_sampler=[range(4), range(4, 36), range(36, 68)])):
         batches = clean_batches(loader, 256, torch.device("cpu"), (None, None), 0)
         assert [len(y) for _, y in batches] == [4, 32, 32] and len(batches) == 3
+    same = torch.zeros(2).long()  # a loader may fill the same memory again
+    each = {"__len__": lambda self: 2, "__iter__": lambda self: ((pixels[:2], same.fill_(i)) for i in range(2))}
+    refilled = clean_batches(type("Refilled", (), each)(), 256, torch.device("cpu"), (None, None), 0)
+    assert stack_batches(refilled)[1].tolist() == [0, 0, 1, 1]
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():

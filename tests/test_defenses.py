@@ -31,6 +31,7 @@ from sau.evaluate import der, score
 from sau.loop import Limit
 from sau.models import Normalized
 from sau.models.normalized import eval_mode
+from sau.optim import Training
 
 QUICK = FT(epochs=1, batch_size=8, lr=0.01)
 LAYERS = {"nad": {"layers": ("features",)}, "npd": {"target_layer_name": "last.1"}}  # of `OnePixel`
@@ -100,7 +101,6 @@ def test_a_frozen_network_of_any_type_is_purified_and_comes_back_as_such(defense
 
 @each
 def test_a_compiled_network_comes_back_plain_and_with_the_same_bits(defense):
-    """Compiled as a whole, in place, or in a part."""
     whole, in_place, part = torch.compile(tiny_net(), backend="eager"), tiny_net(), tiny_net()
     in_place.compile(backend="eager")
     part.features = torch.compile(part.features, backend="eager")
@@ -259,7 +259,6 @@ def test_a_last_batch_of_one_image(defense):
 
 @each
 def test_a_poor_clean_set_is_used_or_refused_in_one_line(defense):
-    """Images without one of the classes are used, one image may be refused."""
     x, y = pair()
     assert defense.purify(tiny_net(), (x[y != 2], y[y != 2]), session=quiet())(x).isfinite().all()
     with suppress(SauError):
@@ -285,6 +284,7 @@ BAD: list[tuple[str, Any, str]] = [  # what is wrong, data, what the refusal nam
     ("normalised", (NORMALISED, y), "mean="),
     ("normalised in a loader", triples(NORMALISED, y), "mean="),
     ("a little above 1", (spoiled(1.01), y), "1.01"),
+    ("another length", type("Long", (list,), {"__len__": lambda self: 9})(triples(x, y)), "9 batches, and gives 3"),
     ("a NaN pixel in a loader", triples(spoiled(float("nan")), y), "nan"),
     ("whole numbers as pixels", ((x * 255).long(), y), "int64"),
     ("double precision", (x.double(), y), "images.float()"),
@@ -389,7 +389,6 @@ TOO_FAST: dict[str, dict[str, float]] = {
 
 @pytest.mark.parametrize("name", TOO_FAST)
 def test_what_is_not_finite_stops_a_run_with_its_last_finite_place_kept(name):
-    """The advice names the learning rate of the stage."""
     net, tape, settings = tiny_net(), Tape(), TOO_FAST[name]
     flag = "lr" if name == "anp" else next(iter(settings))
     session = quiet(checkpoint=tape, save_every=ALWAYS)
@@ -528,7 +527,6 @@ def test_a_loader_in_class_order_is_warned_of():
 
 
 def test_the_share_of_clean_images_is_said_and_a_low_one_warned_of():
-    """Of the images as they are, not of crops."""
     net, (x, _) = tiny_net(), pair(200)
     y = net(x).argmax(1)
     for wrong, warned in ((0, 0), (20, 0), (150, 1)):
@@ -598,3 +596,30 @@ def test_schedules_and_momentum_reach_the_optimiser(defense, name, wanted):
     session = quiet(on_epoch=lambda *at: seen.append(at[2]["descent"].optimizer.param_groups[0][name]))
     defense.purify(tiny_net(), pair(), session=session)
     assert seen == pytest.approx(wanted, abs=1e-12)
+
+
+class Peculiar(TinyNet):
+    """As people write them: `train` returns nothing, activations are kept, and a second head has as many outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept, self.second = {"all": []}, nn.Linear(6, 4)
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept |= {"first": self.features(x), "all": [self.features(x)]}
+        return (self.linear(self.kept["first"]), self.second(self.kept["first"]))[0]
+
+
+def test_a_peculiar_network_is_attacked_and_its_own_head_is_set() -> None:
+    net = BadNet().fit(Peculiar(), toy_images(), Training(epochs=1), seed=np.int64(1), session=quiet())
+    fixed = FST(epochs=1, lr=1e-9).purify(net, pair(), session=quiet())
+    assert [torch.equal(getattr(fixed, head).weight, getattr(net, head).weight) for head in ("linear", "second")] == [
+        0,
+        1,
+    ]
+    net.kept["lock"] = (x for x in ())
+    with refuses(ConfigError, "cannot be copied"):
+        FT().purify(net, pair())

@@ -7,7 +7,7 @@ from toys import Shaped, refuses, tiny_net, toy_images
 
 from sau.attack import Blended
 from sau.config import at_most
-from sau.data.images import to_float
+from sau.data.images import Images, to_float
 from sau.errors import DataError, TrainingError
 from sau.evaluate import Proportion, Score, der, predict, proportions, score, table, verdict
 from sau.loop import duration, short
@@ -128,7 +128,6 @@ def test_scoring_leaves_the_network_as_it_was():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_network_with_logits_that_are_not_finite_has_no_accuracy(value):
-    """In whichever batch."""
     sometimes = Shaped(lambda z: torch.where(torch.arange(len(z))[:, None] == 3, value, z))
     with refuses(TrainingError, "NaN"):
         score(sometimes, toy_images(8), None)
@@ -214,6 +213,13 @@ def test_images_and_labels_that_do_not_fit_have_no_accuracy(pixels, labels, word
     ):
         with refuses(DataError, word):
             measured()
+
+
+def test_triggered_images_of_the_target_class_are_refused_and_other_arrays_are_taken() -> None:
+    net, arrays = tiny_net(), (IMAGES.pixels.numpy(), IMAGES.labels.tolist())
+    with refuses(DataError, "2 triggered images"):
+        score(net, IMAGES, (FLOATS, torch.zeros(6).long(), IMAGES.labels))
+    assert score(net, arrays, None) == score(net, Images.clean(*arrays, 4), None) == score(net, IMAGES, None)
 
 
 @pytest.mark.parametrize(("after", "words"), [

@@ -45,7 +45,6 @@ def shape(line: str) -> str:
 
 
 def test_the_table_of_the_readme_is_that_of_the_demo(here, few_digits):
-    """Two epochs and two rounds, of few images."""
     printed: list[str] = []
     for argv in commands("--epochs", "2", "--eval_every", "2", "--lr_scheduler", "OneCycleLR"):
         status, out, err = here(*argv)

@@ -374,7 +374,6 @@ def test_all_cells_are_stopped_together(program, tmp_path):
     ({"gpus": 1.0, "threads": 4}, 1.0, ["4"]),
 ])  # fmt: skip
 def test_cores_memory_and_gpus_are_never_oversubscribed(monkeypatch, needs, memory, seen):
-    """Of GPUs, cells see the numbers that this process sees."""
     monkeypatch.setattr(engines, "cpu_count", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert engines.visible_gpus() == []

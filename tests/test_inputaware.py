@@ -72,7 +72,6 @@ def test_a_triggered_image_is_its_pattern_where_its_mask_is():
 
 
 def test_it_works_on_a_toy_by_each_images_own_trigger():
-    """That is too much for the tiny network, and now and then for this one."""
     train, test = toy_images(300, size=16, seed=1), toy_images(200, size=16, seed=2)
     recipe, found = Training(epochs=10, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR"), []
     for seed in (0, 2, 3):

@@ -234,6 +234,11 @@ def test_pipes_devices_and_folders_are_refused(tmp_path):
             weights.read(path)
 
 
+def test_a_result_folder_is_its_weights(tmp_path):
+    save_file(small(), tmp_path / "model.safetensors")
+    assert inspect.inspect(tmp_path)["status"] == HARMLESS
+
+
 def test_files_that_hold_themselves_come_to_an_end(tmp_path):
     itself = in_zip(b"}q\x01" + text("") + b"h\x01s")
     assert weights.read(stored(tmp_path, itself)).tensors == {}

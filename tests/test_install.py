@@ -65,7 +65,6 @@ def run(python: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess[str]
 
 
 def test_attack_and_defense_without_the_repository(python, tmp_path):
-    """Recipes come from inside the wheel: width 16 is written nowhere else."""
     flags = ("--dataset", "digits", "--epochs", "1", *QUICK, "--save_folder_name", "a")
     done = run(python, "-m", "sau", "attack", "badnet", *flags, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -79,7 +78,6 @@ def test_attack_and_defense_without_the_repository(python, tmp_path):
 
 
 def test_the_command_of_the_wheel(python, tmp_path):
-    """Which is not called as the package; its configurations lie in it."""
     done = run(python, "-c", "import sau; print(sau.__file__)", cwd=tmp_path)
     place = Path(done.stdout.strip())
     assert place.is_relative_to(python.parents[1]) and not place.is_relative_to(REPOSITORY), done.stderr

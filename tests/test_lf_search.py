@@ -186,7 +186,6 @@ def test_an_interrupted_search_or_training_ends_with_the_same_bits(where, attack
 
 
 def test_a_clean_network_that_answers_otherwise_is_another_one():
-    """The printed form and the weights may be the same."""
     lines, recipe = list[str](), Training(epochs=1, batch_size=8)
     for shape in (lambda z: z, lambda z: -z, lambda z: z):
         context = TriggerContext(toy_images(16), Shaped(shape), recipe, None, 0, RunContext(say=lines.append))

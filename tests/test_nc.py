@@ -153,7 +153,6 @@ def grey() -> tuple[Tensor, Tensor]:
     ((), {"nc_epoch": 60, "epochs": 2}),  # without an outlier the network stays as it is
 ])  # fmt: skip
 def test_every_planted_class_is_flagged(planted, how):
-    """And the findings, for `summary.json`, are plain numbers of every class."""
     defense = NC(**{"nc_epoch": 40, "init_cost": 0.05, "batch_size": 20, "epochs": 0, **how})
     fixed, lines, findings = said(defense, Planted(planted), grey())
     classes = ", ".join(map(str, planted)) or "none"

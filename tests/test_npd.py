@@ -29,7 +29,6 @@ def test_a_new_polarizer_is_the_identity_but_for_its_batch_norm():
 
 
 def test_it_stands_before_the_second_convolution_of_the_last_block():
-    """The default is the benchmark's; the keys of all other weights stay."""
     net = build("preactresnet18", 10, width=4, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     keys = set(net.net.state_dict())
     state = NPD().prepare(net, range(1))

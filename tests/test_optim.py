@@ -184,6 +184,5 @@ def test_descents_share_a_loss_and_may_keep_their_gradients():
 
 
 def test_one_cycle_goes_through_every_outer_step():
-    """Of SAU, which may update more than once a batch."""
     how = {"lr": 0.01, "lr_scheduler": "OneCycleLR", "epochs": 2, "batch_size": 8}
     assert not same_weights(SAU(outer_steps=2, **how).purify(tiny_net(), toy_images(16), session=quiet()), tiny_net())

@@ -45,7 +45,6 @@ class First(pruning.ChannelOutlierPruning):
 
 
 def test_the_shift_goes_too_with_zero_shift():
-    """And the precision comes back."""
     net = tiny_net()
     nn.init.ones_(net.features[1].bias)
     for zero_shift in (True, False):
@@ -71,7 +70,6 @@ def test_the_oracle_tries_u_from_the_highest_to_the_lowest():
 
 @pytest.mark.parametrize("cls", [CLP, BNP, EP])
 def test_nothing_but_scales_and_shifts_of_pruned_channels_changes(cls):
-    """And no hook stays behind."""
     net = tiny_net()
     nn.init.ones_(net.features[1].bias)
     fixed = cls(u=0.5, batch_size=10).purify(net, pair(), session=quiet())
@@ -145,7 +143,6 @@ def test_pairs_of_preactresnet18(amp):
 
 
 def test_pairs_of_torchvisions_resnet18():
-    """Every batch norm has a convolution in front, those of the shortcuts too."""
     norms = [name for name, module in unwrapped("resnet18", 10).named_modules() if isinstance(module, nn.BatchNorm2d)]
     wanted = {name: name.replace("bn", "conv").replace("downsample.1", "downsample.0") for name in norms}
     assert len(wanted) == 20 and names(build("resnet18", 10, **PLAIN)) == wanted
@@ -200,7 +197,6 @@ def test_statistics_are_those_of_all_images_in_the_network_as_it_is():
 
 
 def test_a_dead_channel_has_a_finite_score():
-    """Its variance is 0 in both; and it is like itself."""
     net = two_layers()
     with torch.no_grad():
         net[0].weight[2], net[0].bias[2] = 0, 0
@@ -249,7 +245,6 @@ def test_scores_are_entropies_of_spatial_maxima_at_the_batch_norm():
 
 
 def test_so_many_images_are_drawn_as_the_batch_size_says():
-    """From as many batches as that takes, and no more than there are."""
     pixels = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 2, 2)
     batches = [(pixels[i : i + 6], None) for i in range(0, 20, 6)]
     for size, length in ((2, 2), (6, 6), (7, 7), (20, 20), (256, 20)):

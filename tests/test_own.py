@@ -163,7 +163,6 @@ def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
 
 @pytest.mark.parametrize("arch", ["auto", "preactresnet18", "somebody:made"])
 def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path, monkeypatch):
-    """As trainers write them that keep an average."""
     (tmp_path / "somebody.py").write_text(
         f"from sau.models import PreActResNet18\ndef made():\n    return PreActResNet18({CLASSES}, 2)\n"
     )
@@ -202,7 +201,6 @@ def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, her
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError])
 def test_pictures_of_a_size_that_the_network_does_not_take_are_one_line(error):
-    """As AlexNet, and torchvision's transformers, say of 32x32."""
 
     class Choosy(torch.nn.Module):
         def forward(self, x):

@@ -34,7 +34,6 @@ def test_the_figures_of_the_pages_are_those_of_the_kept_results(script):
 
 
 def test_the_means_before_are_those_of_the_results():
-    """The page of all defenses says them once, of three seeds and of the others."""
     text = " ".join((REPOSITORY / "docs" / "defenses" / "README.md").read_text().split())
     for name in COMPARED:
         own = [cell for cell in cards.kept(cards.TABLE) if cell.defense == name]

@@ -99,7 +99,6 @@ TOGETHER = [
 
 @pytest.mark.parametrize(("cls", "wrong"), TOGETHER, ids=str)
 def test_parameters_that_do_not_go_together_are_refused(cls, wrong):
-    """The first is named."""
     with pytest.raises(ConfigError, match=next(iter(wrong)).removeprefix("risk_")):
         cls(**wrong)
 

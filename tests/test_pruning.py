@@ -133,7 +133,6 @@ def test_channels_that_no_image_opens_are_cut_where_no_logit_changes():
 
 @pytest.mark.parametrize("defense", [*PRUNING.values(), LAST], ids=[*PRUNING, "fp"])
 def test_sync_batch_norms_are_pruned_like_any(defense):
-    """Whatever the mode of the network that is given."""
     nets = [pruning_net().train(), nn.SyncBatchNorm.convert_sync_batchnorm(pruning_net())]
     fixed = [defense.purify(net, pair(), session=quiet()) for net in nets]
     assert type(fixed[1].get_submodule("1")) is nn.SyncBatchNorm

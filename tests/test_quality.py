@@ -69,7 +69,6 @@ def test_without_scikit_image_there_is_no_ssim(monkeypatch):
 
 
 def test_pictures_are_compared_with_those_they_were_made_from():
-    """The test set of an attack lacks the target class, so indices matter."""
     images = toy_images(20, size=32)
     triggered = BadNet(attack_target=1).poison_test(images)
     found = quality.of_attack(images, triggered)

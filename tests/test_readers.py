@@ -290,7 +290,6 @@ def test_malicious_truncated_and_missing_cifar_files_are_named_and_not_run(tmp_p
 
 
 def test_missing_cifar_is_downloaded_into_the_benchmarks_layout(monkeypatch, tmp_path):
-    """A failed or corrupt download is one line that says what to do."""
     calls, errors = [], [urllib.error.URLError("no route to host"), RuntimeError("File not found or corrupted.")]
 
     def fetch(url, root, filename, md5):

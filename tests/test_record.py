@@ -276,7 +276,6 @@ def test_a_file_that_a_reader_would_take_must_be_in_the_manifest(tmp_path, name)
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2, "files": 3}', "\xff", "[" * 200_000])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text):
-    """Nor can one vouch for files outside its folder."""
     manifest = made(tmp_path / "a").path / MANIFEST
     (tmp_path / "secret").write_text("x")
     entry = {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}
@@ -402,7 +401,6 @@ def test_the_seconds_of_an_interrupted_epoch_count(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [LOG, METRICS])
 def test_a_link_in_place_of_a_log_is_not_followed(tmp_path, name):
-    """A downloaded unfinished folder may have a link to any file of the user."""
     record = begun(tmp_path / "a")
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "a" / name).symlink_to(tmp_path / "precious")

@@ -82,7 +82,6 @@ def test_only_seeds_are_averaged(first, second, wanted, tmp_path):
 
 
 def test_another_precision_is_no_seed(tmp_path):
-    """Precision is not in the digest."""
     for seed, amp in enumerate((True, False, True)):
         note(attack(tmp_path, seed=seed), amp=amp)
     found = {key: [result.seed for result in cell.results] for key, cell in cells(tmp_path).items()}
@@ -299,7 +298,6 @@ def test_only_runs_of_the_published_setting_stand_beside_the_published(tmp_path,
 
 
 def test_published_means_stand_beside_rows_that_were_chosen_alike(tmp_path, script):
-    """FP's were chosen by the test sets, CLP's were not."""
     for seed, select in enumerate(("defender", "oracle")):
         attacked = attack(tmp_path, seed=seed)
         defense(attacked, "sau", seed)
@@ -342,7 +340,6 @@ def test_the_kept_tables_are_those_of_the_kept_summaries(script):
 
 @pytest.mark.parametrize("name", ["fp32_cpu", "gpu", "cifar10_cpu"])
 def test_rows_of_a_page_are_those_that_its_command_prints(name, script):
-    """A page may leave out rows and columns."""
 
     def table(text: str) -> list[dict[str, str]]:
         head, _, *rows = rows_of(text[text.index("| attack | defense |") :].partition("\n\n")[0])

@@ -260,7 +260,6 @@ def test_memory_of_graphs_is_freed_before_a_batch_is_split(replays):
 
 
 def test_every_part_has_its_share_of_the_triggered_images():
-    """They stand at the front of an attack's batch. Memory holds three images."""
     seen, full = list[list[int]](), [True]
 
     def step(state: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -331,7 +330,6 @@ def test_what_cannot_be_divided_says_so(method, most):
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("layout", [pytest.param(f, marks=gpu) for f in (torch.contiguous_format, torch.channels_last)])
 def test_fixed_norms_have_the_gradients_of_torch(amp, layout):
-    """Of a network in eval mode with statistics and weights of its own."""
     where = torch.device("cuda")
     torch.manual_seed(0)
     model = Normalized(PreActResNet18(width=8), (0.5,) * 3, (0.25,) * 3).to(where, memory_format=layout).eval()

@@ -169,7 +169,6 @@ def test_the_search_starts_at_random_inside_the_ball():
 
 
 def test_smaller_networks_have_a_smaller_rho_and_few_images_as_many_updates():
-    """In proportion to the root of the number of weights."""
     method = SAUSAM(patches=0.0)
     for model, rho in ((PreActResNet18(width=16), 2.0), (PreActResNet18(width=32), 2.0), (nn.Linear(69, 100), 0.2)):
         assert method.prepare(model, range(1))["_sam"].rho == pytest.approx(rho)

@@ -195,7 +195,6 @@ def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest
     {}, {"adv_steps": 1}, {"stop_fooled": False}, {"success": "label"}, {"clip_pixels": True}, {"norm": "L2"},
 ])  # fmt: skip
 def test_answers_belong_to_the_perturbations(options: dict[str, Any]) -> None:
-    """s is what the reference says on the very images that the outer step sees."""
     method = SAU(lr=LR, **options)
     for kind in ("conv", "resnet"):
         state = apart(method, kind)

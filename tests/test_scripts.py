@@ -51,7 +51,6 @@ def test_other_endings(capsys):
 
 
 def test_a_reader_that_left_is_no_error(monkeypatch, capfd):
-    """As `head` does."""
     monkeypatch.setattr("os.dup2", lambda *given: None)
     assert run_command(raising(BrokenPipeError())) == 1 and capfd.readouterr() == ("", "")
 

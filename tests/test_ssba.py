@@ -26,7 +26,6 @@ def unread(monkeypatch):
 
 
 def test_the_weights_have_the_published_names_and_shapes():
-    """Those of the benchmark's, of a 1-bit code for 32x32 images."""
     encoder = {name: tuple(value.shape) for name, value in Encoder(1).state_dict().items() if name.endswith("weight")}
     assert encoder == {
         "secret_dense.weight": (768, 1),

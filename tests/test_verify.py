@@ -56,7 +56,6 @@ def states(path: Path) -> dict[str, str]:
 
 
 def test_a_right_record_is_verified(defended, script, monkeypatch):
-    """Each network is scored once, the attacked one too."""
     scored = list[object]()
     monkeypatch.setattr("sau.verify.score", lambda *given: scored.append(given) or score(*given))
     names = ("files", "data", "figures", "ft: files", "ft: figures", "npd: files", "npd: figures")

@@ -270,7 +270,8 @@ class Attack(Method, ABC):
         data: State = {"images": images, "augment": augment}
         batches = images.batches(recipe.batch_size, seed=seed, augment=first, drop_last=not self.in_batch)
         with normalized.grad_enabled(images.pixels.device), seeded(seed):
-            self.train(model.train(), batches, recipe, data, session)
+            model.train()
+            self.train(model, batches, recipe, data, session)
             if clean is not None and not (session.limit and session.limit.ended):
                 batches.set_epoch(recipe.epochs)
                 seen = (self.compose({**data, "model": model}, x, y) for x, y, *_ in batches)
@@ -279,7 +280,8 @@ class Attack(Method, ABC):
                 how: Any = {"session": session.for_stage(1), "label": "clean epoch"}
                 self.run_epochs(clean_step, lambda state, x, y: (x, y), state, again, state["epochs"], **how)
         model.zero_grad()  # or the caller's first step would include the last gradients
-        return model.eval()
+        model.eval()
+        return model
 
     def train(self, model: nn.Module, batches: Batches, recipe: Training, data: State, session: RunContext) -> None:
         """The epochs of `fit`; `data` has the training `images` and their `augment`, for `compose`."""

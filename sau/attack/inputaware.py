@@ -25,6 +25,7 @@ from sau.data.batches import Batches, seeded, to_float
 from sau.errors import require
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
+from sau.models.normalized import require_tensor
 from sau.models.triggers import TriggerGenerators
 from sau.optim import Descent, Training, adam
 from sau.types import Labels, Pixels, Scalar
@@ -135,7 +136,7 @@ class InputAware(InBatchAttack):
         x, z, n = x[: len(y)], x[len(y) :], len(x) - len(y)
         poisoned, pattern = generators(x[:n]) if n else (z, z)
         cross, pattern_z = generators(x[n : 2 * n], z) if n else (z, z)
-        logits = model(torch.cat([poisoned, cross, x[2 * n :]]))
+        logits = require_tensor(model, model(torch.cat([poisoned, cross, x[2 * n :]])))
         error = F.cross_entropy(logits, y)
         differences = (x[:n] - z) / generators.std, (pattern - pattern_z) / generators.std
         diverse = self.diversity(*differences) if n else error.new_zeros(())

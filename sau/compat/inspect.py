@@ -19,7 +19,7 @@ Report = dict[str, Any]
 
 
 def inspect(path: Path, to: Path | None = None) -> Report:
-    """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or into a folder that `pretrained` opens.
+    """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, a folder of ours or one that `pretrained` opens.
 
     If the verdict is harmless, its tensors are written to the new file `to` as safetensors: those of the network under
     their own names if one was recognised, else all. OSError if there is no file `path`, RecordError if `to`
@@ -29,7 +29,8 @@ def inspect(path: Path, to: Path | None = None) -> Report:
         path, bytes, sha256, format, tensors (name, shape, dtype, values, nan), network (see `Guess`, or None), classes
         (names, or None), images (how a folder wants them, or None), status and verdict (one line).
     """
-    folder, path = (path, pretrained.weights_file(path)) if path.is_dir() else (None, path)
+    holds = any((path / name).is_file() for name in (pretrained.CONFIG, pretrained.CLIP_CONFIG))
+    folder, path = path if holds else None, pretrained.weights_file(path) if path.is_dir() else path
     if to is not None and to.exists():
         raise RecordError(f"{to} exists; name a new file")
     report: Report = {"path": str(path), "bytes": path.stat().st_size, "sha256": None, "format": None}

@@ -191,7 +191,8 @@ def filled(make: Callable[[], nn.Module], found: Weights) -> nn.Module:
     state = found.of(state_dict_spec(make))  # no memory yet: the file may claim any width
     net = make()
     net.load_state_dict(state)
-    return net.eval()
+    net.eval()
+    return net
 
 
 def _imported(run: OwnRun) -> Callable[[], nn.Module]:

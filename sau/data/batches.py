@@ -35,7 +35,7 @@ def generator(seed: int) -> torch.Generator:
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """The generator of an epoch's order and augmentation, on the CPU: the same numbers on every device."""
-    return generator((seed * 1_000_003 + epoch) % 2**63)
+    return generator((int(seed) * 1_000_003 + epoch) % 2**63)
 
 
 def check_seed(seed: Any, end: int = 2**63) -> None:
@@ -246,13 +246,16 @@ class _Loader:
             yield self.augment(x, generator) if self.augment else x, y
         if not count:
             raise DataError(EMPTY)
+        if count != self.length:
+            raise DataError(f"the loader has a length of {self.length} batches, and gives {count}; give a true length")
 
     def _checked(self) -> Iterator[tuple[Tensor, Tensor]]:
         low, high = math.inf, -math.inf
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
-            x, y = (part.to(self.device) for part in checked(batch[0], batch[1], self.stats))
+            parts = checked(batch[0], batch[1], self.stats)
+            x, y = (part.to(self.device, copy=True) for part in parts)  # a loader may fill the same tensors again
             if self.epoch == 0 and self.stats[0]:  # once is enough
                 low, high = min(low, float(batch[0].min())), max(high, float(batch[0].max()))
             yield to_float(x), y

@@ -45,6 +45,7 @@ class Images:
     @classmethod
     def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
         """Images without poison; DataError for other shapes and types, and labels outside 0..num_classes-1."""
+        pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
         shape, n = list(pixels.shape), list(labels.shape)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or shape[1] not in (1, 3) or n != shape[:1]:
             given = f"pixels {shape} of type {pixels.dtype} with labels {n}"

@@ -55,7 +55,7 @@ def _cifar_folder(name: str, root: Path) -> Path | None:
     """`root/name/base` (BackdoorBench), `root/base` (torchvision) or `root` itself, whichever holds the test file."""
     official = _official(name)
     places = (root / name / official.base_folder, root / official.base_folder, root)
-    return next((place for place in places if (place / official.test_list[0][0]).is_file()), None)
+    return next((place for place in places if os.path.isfile(place / official.test_list[0][0])), None)
 
 
 def _download(root: Path, official: Any) -> Path:
@@ -106,7 +106,7 @@ def gtsrb(root: Path, size: int = 32) -> tuple[Images, Images]:
     train = _first(bases, ("GTSRB/Training", "GTSRB/Final_Training/Images", "Train"), advice)
     test = _first(bases, ("GTSRB/Final_Test/Images", "Test"), advice)
     tables = [place / "GT-final_test.csv" for place in (test, *test.absolute().parents[:3])]
-    table = next(filter(Path.is_file, tables), tables[0])
+    table = next(filter(os.path.isfile, tables), tables[0])
     try:
         rows = csv.DictReader(read_lines(table), delimiter=";")
         listed = [(str(test / row["Filename"]), int(row["ClassId"])) for row in rows]
@@ -166,7 +166,7 @@ def class_folders(root: Path) -> list[str]:
 def _first(bases: Sequence[Path], names: Sequence[str], advice: str) -> Path:
     """The first folder base/name that there is."""
     for place in (base / name for base in bases for name in names):
-        if place.is_dir():
+        if os.path.isdir(place):  # False where Path.is_dir would raise PermissionError
             return place
     raise DataError(f"there is no folder {' or '.join(names)} in {' or '.join(map(str, bases))}; {advice}")
 

@@ -121,7 +121,7 @@ def clean_subset(images: Images, ratio: float, seed: int, index_file: str | None
             raise DataError(f"{index_file} holds {wrong!r}; allowed are whole numbers 0..{n - 1}, each once")
     else:
         require("ratio (clean share)", ratio, 0 < ratio <= 1, "above 0 and up to 1")
-        picked = random.Random(seed).sample(range(n), int(ratio * n))
+        picked = random.Random(int(seed)).sample(range(n), int(ratio * n))
     if not picked:
         raise DataError(f"the clean set is empty: --ratio {ratio} of {n} images, --index {index_file}; give more")
     return images[torch.tensor(picked, device=images.labels.device)]

@@ -59,7 +59,8 @@ def copy_to(model: nn.Module, device: torch.device) -> nn.Module:
         for name, layer in list(module._modules.items()):  # a layer may have several names
             if layer is not None and hasattr(layer, "_orig_mod"):
                 setattr(module, name, layer._orig_mod)
-    return normalized.to_channels_last(mine.eval())
+    mine.eval()
+    return normalized.to_channels_last(mine)
 
 
 def restore(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -> nn.Module:
@@ -69,7 +70,8 @@ def restore(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -
     mine.zero_grad()  # or the caller's optimiser would repeat the last step of the defense
     if all(parameter.is_contiguous() for parameter in model.parameters()):  # files of tensors want that
         mine.to(memory_format=torch.contiguous_format)
-    return mine.to(next(model.parameters()).device).eval()
+    mine.eval()  # a user's own `eval` and `train` may return nothing
+    return mine.to(next(model.parameters()).device)
 
 
 def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:

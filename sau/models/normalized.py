@@ -185,10 +185,19 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: Layer, memo: Mapping[int, Tensor] | None = None) -> Layer:
-    """A copy of `model`; tensors whose id is in `memo` are replaced by its values. Activations that a layer keeps as an
-    attribute (`self.features = x`) are detached, because torch cannot copy a tensor with a graph."""
-    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(x): x.detach() for x in kept if not x.is_leaf} | dict(memo or {}))
+    """A copy of `model`; tensors whose id is in `memo` are replaced by its values. Activations that a layer keeps in an
+    attribute (`self.features = x`, or a dict or list) are detached, because torch cannot copy a tensor with a graph.
+    ConfigError for a network that cannot be copied, as if it holds a lock."""
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    kept += [x for held in kept if isinstance(held, dict) for x in held.values()]
+    kept += [x for held in kept if isinstance(held, list) for x in held]
+    graphs = {id(x): x.detach() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
+    try:
+        return copy.deepcopy(model, graphs | dict(memo or {}))
+    except (TypeError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
+        raise ConfigError(f"the network cannot be copied: {first_line(error)}; delete what it keeps") from None
 
 
 @contextmanager
@@ -201,14 +210,17 @@ def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Ite
 
 
 def classifier(model: nn.Module, x: Tensor, method: str, instead: str = "ft or sau") -> nn.Linear:
-    """The linear layer that runs last on `x`; ConfigError if it does not make the logits or `method` cannot set it."""
-    ran: list[nn.Linear] = []
+    """The linear layer whose output the logits of `x` are, or else that runs last; ConfigError if it does not make the
+    logits or `method` cannot set it."""
+    ran: list[tuple[nn.Linear, Tensor]] = []
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad(), forward_hooks((layer, lambda layer, *_: ran.append(layer)) for layer in linear):
-        classes = model(x).shape[1]
-    if not ran or ran[-1].out_features != classes:
-        raise ConfigError(f"no Linear layer makes the network's {classes} logits, as {method} needs; try {instead}")
-    return require_plain_weight(ran[-1], method)
+    with torch.no_grad(), forward_hooks((layer, lambda layer, _, z: ran.append((layer, z))) for layer in linear):
+        logits = model(x)
+    ran = [each for each in ran if each[1].shape == logits.shape and torch.equal(each[1].float(), logits)] or ran[-1:]
+    if not ran or ran[-1][0].out_features != logits.shape[1]:
+        needs = f"as {method} needs; try {instead}"
+        raise ConfigError(f"no Linear layer makes the network's {logits.shape[1]} logits, {needs}")
+    return require_plain_weight(ran[-1][0], method)
 
 
 def require_plain_weight(layer: Layer, method: str) -> Layer:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from sau.errors import MALFORMED, NO_YAML, Finished, LockedError, RecordError, first_line
+from sau.errors import MALFORMED, NO_YAML, ConfigError, Finished, LockedError, RecordError, first_line
 from sau.files import acquire, append, checksum, in_use, read, read_json, release, temp_files, write
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -57,12 +57,13 @@ class Record:
         """Seconds spent on the run, those before an interruption included."""
         return round((self.earlier or 0.0) + time.monotonic() - self.started, 2)
 
-    def can_start(self, identity: dict[str, Any], overwrite: bool) -> bool:
+    def can_start(self, identity: dict[str, Any], overwrite: bool, amp: bool | None = None) -> bool:
         """Whether a run resumes here, with the choices in `config`, or starts anew (False); locks the folder.
 
         `identity` is what determines the result: once there is a checkpoint, only the same run resumes. `overwrite`
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
-        folder, RecordError if the run may neither start nor resume."""
+        folder, RecordError if the run may neither start nor resume, ConfigError if it ran in another precision than
+        `amp` asks for."""
         acquire(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
@@ -75,6 +76,8 @@ class Record:
                 if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
                     raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
             return False
+        if amp is not None and old.get("amp", amp) != amp:
+            raise ConfigError(f"amp is {amp}, but this run began with {old['amp']}; leave it out, or give --overwrite")
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
         if self.finished and same:
             self.check(light=True)
