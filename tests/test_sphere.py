@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import Stopping
 from torch import nn
-from toys import pair, quiet, refuses, same_weights, tiny_net
+from toys import Shaped, pair, quiet, refuses, same_weights, tiny_net
 
 from sau.defense import D3, FST
 from sau.defense.d3 import hinge
@@ -139,10 +139,10 @@ class Spare(nn.Module):
 
 
 def test_the_classifier_is_the_layer_that_makes_the_logits():
-    x, net = pair()[0][:1], Spare(used=False)
-    assert classifier(net, x, "d3") is net.net.linear
-    with refuses(ConfigError, "4 logits"):
-        classifier(Spare(used=True), x, "d3")
+    x = pair()[0][:1]
+    assert all(classifier(net, x, "d3") is net.net.linear for net in (Spare(used=False), Spare(used=True)))
+    with refuses(ConfigError, "3 logits"):
+        classifier(Shaped(lambda z: z[:, :3]), x, "d3")
 
 
 @pytest.mark.parametrize(("defense", "watched"), [(D3, "excess"), (FST, "clean_loss")])

@@ -52,7 +52,7 @@ class RNP(MaskPruning):
         paper's one epoch of ascent destroys the network."""
         size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // 500)))
         more = (per_epoch or count_batches(images, size)) > 2
-        return replace(self, batch_size=size, unlearning_lr=self.unlearning_lr / (10 if more else 1))
+        return replace(self, batch_size=size, unlearning_lr=0.001 if more else 0.01)
 
     def learn(self, model: nn.Module, clean: Clean, batches: Batched, session: RunContext) -> ByNorm:
         unlearned = copied(model).train()
