@@ -620,6 +620,3 @@ def test_a_peculiar_network_is_attacked_and_its_own_head_is_set() -> None:
         0,
         1,
     ]
-    net.kept["lock"] = (x for x in ())
-    with refuses(ConfigError, "cannot be copied"):
-        FT().purify(net, pair())

@@ -186,18 +186,12 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 def copied(model: Layer, memo: Mapping[int, Tensor] | None = None) -> Layer:
     """A copy of `model`; tensors whose id is in `memo` are replaced by its values. Activations that a layer keeps in an
-    attribute (`self.features = x`, or a dict or list) are detached, because torch cannot copy a tensor with a graph.
-    ConfigError for a network that cannot be copied, as if it holds a lock."""
+    attribute (`self.features = x`, or a dict or list) are detached, because torch cannot copy a tensor with a graph."""
     kept = [value for module in model.modules() for value in vars(module).values()]
     kept += [x for held in kept if isinstance(held, dict) for x in held.values()]
     kept += [x for held in kept if isinstance(held, list) for x in held]
     graphs = {id(x): x.detach() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
-    try:
-        return copy.deepcopy(model, graphs | dict(memo or {}))
-    except (TypeError, RuntimeError) as error:
-        if lacks_memory(error):
-            raise
-        raise ConfigError(f"the network cannot be copied: {first_line(error)}; delete what it keeps") from None
+    return copy.deepcopy(model, graphs | dict(memo or {}))
 
 
 @contextmanager
