@@ -17,7 +17,8 @@ SMALL = {"batch_size": 8, "unlearning_epochs": 2, "recovering_epochs": 2, "augme
 
 def watched(defense: RNP, net: nn.Module, data: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """The rows of a run, and what its state held after every epoch."""
-    rows, states = [], []  # type: ignore[var-annotated]
+    rows: list[dict[str, float]] = []
+    states: list[dict[str, Any]] = []
 
     def look(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float]:
         rows.append(losses)

@@ -27,7 +27,7 @@ from sau.pgd import INIT_HELP, RADII, Ball, Init, Norm, is_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
-ENOUGH = 1900  # from here on they hold; 5 % of GTSRB are 1,960
+ENOUGH = 1900  # from here on they hold; 5 % of GTSRB's 39,209 are 1,960
 EASY = 0.95  # a network that is right on more of its clean images has an easy task, like digits
 SMALLEST_BATCH = 32
 UPDATES = 250  # of SAU and AT where their published settings do not hold
@@ -130,8 +130,8 @@ class Defense(Method, ABC):
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
             settings: auto adapts published settings, unless given, to clean set and network (`adapted`); or as_given.
 
-        Raises ConfigError for an oracle without a judge and for what is no network or lacks layers that are needed,
-        DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
+        Raises ConfigError for a wrong seed, an oracle without a judge and what is no network or lacks layers that are
+        needed, DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
         """
         session = (session or RunContext()) if progress else (session or RunContext()).quiet()
         session.findings.clear()

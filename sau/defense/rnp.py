@@ -48,8 +48,8 @@ class RNP(MaskPruning):
     pruning_max: float = param(0.90, "highest threshold of the search", gt=0, le=1)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """Two updates an epoch, as with the paper's 500 images. More images make more, at a tenth of the rate: at the
-        paper's one epoch of ascent destroys the network."""
+        """Batches of at least 32, two an epoch up to the paper's 500 images. More images make more, at a tenth of the
+        paper's rate, by which one epoch of ascent would destroy the network. A recipe's rate is replaced as well."""
         size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // 500)))
         more = (per_epoch or count_batches(images, size)) > 2
         return replace(self, batch_size=size, unlearning_lr=0.001 if more else 0.01)

@@ -186,10 +186,10 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 def copied(model: Layer, memo: Mapping[int, Tensor] | None = None) -> Layer:
     """A copy of `model`; tensors whose id is in `memo` are replaced by its values. Activations that a layer keeps in an
-    attribute (`self.features = x`, or a dict or list) are detached, because torch cannot copy a tensor with a graph."""
+    attribute (`self.features = x`, or a dict, list or tuple) are detached: torch cannot copy a tensor with a graph."""
     kept = [value for module in model.modules() for value in vars(module).values()]
     kept += [x for held in kept if isinstance(held, dict) for x in held.values()]
-    kept += [x for held in kept if isinstance(held, list) for x in held]
+    kept += [x for held in kept if isinstance(held, list | tuple) for x in held]
     graphs = {id(x): x.detach() for x in kept if isinstance(x, Tensor) and not x.is_leaf}
     return copy.deepcopy(model, graphs | dict(memo or {}))
 
@@ -210,7 +210,7 @@ def classifier(model: nn.Module, x: Tensor, method: str, instead: str = "ft or s
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad(), forward_hooks((layer, lambda layer, _, z: ran.append((layer, z))) for layer in linear):
         logits = model(x)
-    ran = [each for each in ran if each[1].shape == logits.shape and torch.equal(each[1].float(), logits)] or ran[-1:]
+    ran = [each for each in ran if torch.equal(at_least_fp32(each[1]), logits)] or ran[-1:]
     if not ran or ran[-1][0].out_features != logits.shape[1]:
         needs = f"as {method} needs; try {instead}"
         raise ConfigError(f"no Linear layer makes the network's {logits.shape[1]} logits, {needs}")

@@ -62,8 +62,8 @@ class Record:
 
         `identity` is what determines the result: once there is a checkpoint, only the same run resumes. `overwrite`
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
-        folder, RecordError if the run may neither start nor resume, ConfigError if it ran in another precision than
-        `amp` asks for."""
+        folder, RecordError if the run may neither start nor resume, ConfigError if the same run began in another
+        precision than `amp` asks for."""
         acquire(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
@@ -76,9 +76,9 @@ class Record:
                 if in_use(defense := lock.with_name(lock.name[1:].removesuffix(".lock"))):
                     raise LockedError(f"{defense} is in use by another process; wait for it or stop it")
             return False
-        if amp is not None and old.get("amp", amp) != amp:
-            raise ConfigError(f"amp is {amp}, but this run began with {old['amp']}; leave it out, or give --overwrite")
         same = {**old["identity"], EARLY: 0} == {**identity, EARLY: 0}  # an early end may be written already
+        if same and amp is not None and old.get("amp", amp) != amp:
+            raise ConfigError(f"amp is {amp}, but this run began with {old['amp']}; leave it out, or give --overwrite")
         if self.finished and same:
             self.check(light=True)
             early = f", ended early in {where}" if (where := old["identity"].get(EARLY)) else ""
