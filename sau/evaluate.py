@@ -1,7 +1,7 @@
 """Every number in every table: ACC, ASR, R-ACC and DER, in percent, with counts and intervals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +138,7 @@ def last_features(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Te
     return torch.cat(kept)
 
 
-def score(
-    model: nn.Module, clean: Images | tuple[Tensor, Tensor], triggered: Images | tuple[Tensor, Tensor, Tensor] | None
-) -> Score:
+def score(model: nn.Module, clean: Images | Sequence[Any], triggered: Images | Sequence[Any] | None) -> Score:
     """ACC on the clean test set, ASR and R-ACC from one pass over the triggered one.
 
     Args:
@@ -148,8 +146,8 @@ def score(
         clean: `Images`, or (pixels, labels).
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
 
-    Pixels are as `predict` has them, labels whole numbers [N]. Raises DataError for labels of another shape or kind,
-    and where the attack's label is the true one; TrainingError as `predict`.
+    Pixels are as `predict` has them, labels whole numbers [N]; arrays and lists are taken, too. Raises DataError for
+    labels of another shape or kind, and where the attack's label is the true one; TrainingError as `predict`.
     """
     if isinstance(clean, Images):
         clean = (clean.pixels, clean.labels)

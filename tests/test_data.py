@@ -240,7 +240,7 @@ def index_images(n: int) -> Images:
 ])  # fmt: skip
 def test_the_clean_subset_is_the_published_list(n, size, first):
     """Seed 0 and 5 % give, in this order, the list that ships with the benchmark."""
-    clean = clean_subset(index_images(n), 0.05, np.int64(0))
+    clean = clean_subset(index_images(n), 0.05, 0)
     assert clean.index[:5].tolist() == first
     assert len(clean) == size == len(set(clean.index.tolist()))
 

@@ -614,11 +614,11 @@ class Peculiar(TinyNet):
 
 
 def test_a_peculiar_network_is_attacked_and_its_own_head_is_set() -> None:
-    net = BadNet().fit(Peculiar(), toy_images(), Training(epochs=1), seed=np.int64(1), session=quiet())
+    net = BadNet().fit(Peculiar(), toy_images(), Training(epochs=1), seed=1, session=quiet())
     fixed = FST(epochs=1, lr=1e-9).purify(net, pair(), session=(session := quiet()))
     kept = [torch.equal(getattr(fixed, head).weight, getattr(net, head).weight) for head in ("linear", "second")]
     assert kept == [False, True] and session.findings
     CLP().purify(net, pair(), session=session)
     assert not session.findings  # it has no verdict, and the last one is of another run
-    with refuses(ConfigError, "seed is 1.5"):
-        FT().purify(net, pair(), seed=1.5)
+    with refuses(ConfigError, "seed is -1"):
+        FT().purify(net, pair(), seed=-1)

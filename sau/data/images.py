@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class Images:
     num_classes: int
 
     @classmethod
-    def clean(cls, pixels: Bytes, labels: Labels, num_classes: int) -> "Images":
-        """Images without poison; DataError for other shapes and types, and labels outside 0..num_classes-1."""
+    def clean(cls, pixels: Any, labels: Any, num_classes: int) -> "Images":
+        """Images without poison, from tensors, arrays or lists; DataError for other shapes and types, and for labels
+        outside 0..num_classes-1."""
         pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
         shape, n = list(pixels.shape), list(labels.shape)
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or shape[1] not in (1, 3) or n != shape[:1]:
