@@ -75,11 +75,15 @@ class Defense(Method, ABC):
         by what is missing."""
         if not self.lengths:
             return self
-        size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // PUBLISHED)))
+        size = self.batch_of(images, PUBLISHED)
         grow = -(-PUBLISHED // self.batch_size) / (per_epoch or count_batches(images, size))
         published = {**self.params(), **settings}
         lengths = {name: math.ceil(published[name] * grow) for name in self.lengths}
         return replace(self, **{**settings, **lengths, "batch_size": size})
+
+    def batch_of(self, images: int, published: int) -> int:
+        """As large a share of the `images` as a published batch is of `published` ones, but at least 32."""
+        return min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // published)))
 
     def fitted(self, given: Set[str], model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
         """`adapted`, unless the user gave a setting that it changes, or batch size, a rate, schedule or optimiser: then

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sau import loop
 from sau.config import param
 from sau.data.batches import count_batches
-from sau.defense.base import SMALLEST_BATCH, Defense
+from sau.defense.base import Defense
 from sau.defense.pruning import ByNorm, Clean, MaskPruning, batch_norms, learn_masks, masked_logits
 from sau.evaluate import batch_accuracy
 from sau.loop import RunContext
@@ -50,7 +50,7 @@ class RNP(MaskPruning):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """Batches of at least 32, two an epoch up to the paper's 500 images. More images make more, at a tenth of the
         paper's rate, by which one epoch of ascent would destroy the network. A recipe's rate is replaced as well."""
-        size = min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // 500)))
+        size = self.batch_of(images, 500)
         more = (per_epoch or count_batches(images, size)) > 2
         return replace(self, batch_size=size, unlearning_lr=0.001 if more else 0.01)
 
