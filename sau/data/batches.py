@@ -35,6 +35,7 @@ def generator(seed: int) -> torch.Generator:
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """The generator of an epoch's order and augmentation, on the CPU: the same numbers on every device."""
+    check_seed(seed)
     return generator((int(seed) * 1_000_003 + epoch) % 2**63)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.data.batches import Augment, Batches, check_seed, clean_batches, count_batches, first_batch, seeded
+from sau.data.batches import Augment, Batches, clean_batches, count_batches, first_batch, seeded
 from sau.data.images import Images
 from sau.defense import checks
 from sau.errors import ConfigError
@@ -139,7 +139,6 @@ class Defense(Method, ABC):
         """
         session = (session or RunContext()) if progress else (session or RunContext()).quiet()
         session.findings.clear()
-        check_seed(seed)
         if self.selection == "oracle" and session.judge is None:
             raise ConfigError("select is oracle; give `RunContext(judge=...)`, which scores a network on the test sets")
         model, stats = checks.unwrap(model), statistics(mean, std)
