@@ -122,6 +122,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     limit = Limit(started + 60 * run.max_minutes, whole=True) if run.max_minutes else None
     method = method.fit_trigger(train, model, training, session=RunContext(limit=limit), **how)
     poisoned, triggered = method.poison_train(train, run.random_seed), method.poison_test(test)
+    trained_on, _ = hold_back(poisoned, method.sbl, run.random_seed)
     if poisoned is train and method.pratio and not method.in_batch:
         notes.append(f"pratio {method.pratio:g} of {len(train)} images is less than one, so nothing is poisoned")
     mark = same_trigger(record, None if method.trains_trigger else method.trigger)
@@ -130,7 +131,6 @@ def attack(name: str, argv: Sequence[str]) -> None:
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
     begin(record, run, determined, model, method, where, facts, [line], asked.ignored)
-    trained_on, _ = hold_back(poisoned, method.sbl, run.random_seed)
     plan = method.describe(trained_on, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)

@@ -30,7 +30,6 @@ class Proportion:
 
     @property
     def exact(self) -> float:
-        """100 * hits / total."""
         return 100 * self.hits / self.total
 
     @property
@@ -126,15 +125,14 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None, lab
 
 
 @torch.no_grad()
-def last_features(model: nn.Module, pixels: Tensor, batch_size: int = 500) -> Tensor:
+def last_features(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
     """[N, F] on the CPU: the input of the linear layer that makes the logits of `pixels`, which are as in `predict`, in
     eval mode. ConfigError if none does."""
     kept, device = list[Tensor](), next(model.parameters()).device
     with eval_mode(model):
         layer = classifier(model, to_float(pixels[:2].to(device)), "a look at features", "another network")
         with forward_hooks([(layer, lambda layer, given, output: kept.append(given[0].float().flatten(1).cpu()))]):
-            for batch in pixels.split(batch_size):
-                model(to_float(batch.to(device)))
+            predict(model, pixels, batch_size)
     return torch.cat(kept)
 
 
@@ -151,13 +149,16 @@ def score(model: nn.Module, clean: Images | Sequence[Any], triggered: Images | S
     """
     if isinstance(clean, Images):
         clean = (clean.pixels, clean.labels)
-    if not isinstance(clean, tuple | list):
+    if not isinstance(clean, tuple | list) or len(clean) != 2:
         raise DataError(f"the test set is a {type(clean).__name__}; allowed are Images or (pixels, labels)")
     (acc,) = proportions(model, *map(torch.as_tensor, clean))
     if triggered is None or len(triggered) == 0:
         return Score(acc)
     if isinstance(triggered, Images):
         triggered = (triggered.pixels, triggered.labels, triggered.true_labels)
+    if not isinstance(triggered, tuple | list) or len(triggered) != 3:
+        given = type(triggered).__name__
+        raise DataError(f"triggered is a {given}; allowed are Images or (pixels, labels, true labels)")
     pixels, labels, true = map(torch.as_tensor, triggered)
     scores = proportions(model, pixels, labels, true)
     if already := int((labels == true).sum()):

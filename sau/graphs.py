@@ -207,17 +207,11 @@ class FixedNorms(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return (_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-
-
-def _norm(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
-    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    """`F.batch_norm`, by its signature."""
-    if training or running_mean is None or running_var is None or not torch.is_grad_enabled():
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _FixedNorm.apply(input, running_mean, running_var, weight, bias, eps)
+        given = kwargs or {}
+        # F.batch_norm hands on its first three arguments by place and the others by name, however it was called.
+        if func is F.batch_norm and args[1] is not None and torch.is_grad_enabled() and not given["training"]:
+            return _FixedNorm.apply(*args, given["weight"], given["bias"], given["eps"])
+        return func(*args, **given)
 
 
 def fixed_norms(network: Any, x: Tensor) -> AbstractContextManager[Any]:

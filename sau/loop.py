@@ -204,7 +204,6 @@ class _Progress:
         return True
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
         return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
 
     def _time_is_up(self, epoch: str, length: int) -> bool:

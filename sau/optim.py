@@ -202,7 +202,6 @@ class Descent:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])

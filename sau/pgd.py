@@ -75,7 +75,6 @@ class Search:
 
     @property
     def ball(self) -> Ball:
-        """S."""
         return Ball(norm=self.norm, eps=self.eps, clip=True)
 
     def ascend(self, objective: Callable[[Change], PerImage], x: Pixels, e: Change) -> Change:
@@ -277,7 +276,6 @@ class SharedPatches(nn.Module):
         self.ends: Tensor = nn.Buffer(torch.cat([small, small, other]).cumsum(0) / 3)
 
     def descent(self) -> Descent:
-        """What moves them."""
         return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
 
     def patches(self) -> Patches:

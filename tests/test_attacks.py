@@ -194,6 +194,7 @@ def test_attacks_inside_the_batches_leave_the_training_set_as_it_is(attack):
     assert attack.poison_train(images, 0) is images
     assert "of each batch of 8 one image poisoned with probability 0.8" in attack.describe(images, 8)
     assert "of each batch of 20 2 images poisoned" in attack.describe(images, 20)
+    assert "of each batch of 20 0 images poisoned, 0 " in replace(attack, pratio=0.0).describe(images, 20)
     if attack.trigger is not None:
         with pytest.raises(ConfigError, match="fit_trigger"):
             type(attack)().stamp(torch.rand(1, 3, 16, 16))

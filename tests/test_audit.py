@@ -325,6 +325,9 @@ def test_records_that_cannot_be_audited_are_refused(victim, clean):
     ):
         with pytest.raises(RecordError, match=word):
             open_case(**wrong)
+    note(clean, data={"dataset": "digits", "train": "0" * 64, "test": ""})
+    with pytest.raises(RecordError, match="other digits images"):
+        open_case(victim, control=clean)
 
 
 BRIEF = ("--shots", "2", "--epochs", "1", "--eps", "0.05", "--steps", "2", "--samples",

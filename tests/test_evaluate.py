@@ -219,6 +219,9 @@ def test_triggered_images_of_the_target_class_are_refused_and_other_arrays_are_t
     net, arrays = tiny_net(), (IMAGES.pixels.numpy(), IMAGES.labels.tolist())
     with refuses(DataError, "2 triggered images"):
         score(net, IMAGES, (FLOATS, torch.zeros(6).long(), IMAGES.labels))
+    for wrong in (((FLOATS, IMAGES.labels, IMAGES.labels), None), (IMAGES, (FLOATS, IMAGES.labels))):
+        with refuses(DataError, "a tuple; allowed are Images or"):
+            score(net, *wrong)
     assert score(net, arrays, None) == score(net, Images.clean(*arrays, 4), None) == score(net, IMAGES, None)
 
 

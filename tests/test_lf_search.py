@@ -1,7 +1,6 @@
 """LF's pattern, searched against a clean network: the filter, DeepFool, the rules of the search, the network."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +13,12 @@ from sau.attack import LF, SSBA, Prototype, ssba
 from sau.attack import lf as lf_search
 from sau.attack.lf import Progress, deepfool, rate, rescaled, smooth, step
 from sau.attack.triggers import TriggerContext
-from sau.audit.runner import load_clean
 from sau.data.batches import generator
 from sau.data.images import Images, to_float
-from sau.data.sources import fingerprint
-from sau.errors import DataError, RecordError, TrainingError
+from sau.errors import DataError, TrainingError
 from sau.evaluate import predict
 from sau.loop import RunContext
-from sau.models import build
 from sau.optim import Training
-from sau.record import attack_result
-from sau.record.folder import Record
 
 SMALL = LF(lf_optimise=True, lf_images=20, lf_passes=4, lf_deepfool_steps=30)
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -193,33 +187,6 @@ def test_a_clean_network_that_answers_otherwise_is_another_one():
         assert not same_weights(net, Shaped(shape)) and not any(p.requires_grad for p in net.parameters())
     found = [line for line in lines if line.startswith("clean-network: epochs")]
     assert ["from the cache" in line for line in found] == [False, False, True]
-
-
-def write_record(path: Path, images: Images, triggered: Images | None = None) -> Path:
-    """A record as attack/prototype.py leaves it, or another attack; its network is not trained."""
-    about = {"classes": 4, "width": 2, "shape": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    model = build("preactresnet18", 4, **{name: value for name, value in about.items() if name != "classes"})
-    record, data = Record(path), {"dataset": "digits", "train": fingerprint(images), "test": ""}
-    run = {"dataset_path": ".", "recipe": "cpu"}
-    record.begin({"model": {"name": "preactresnet18", **about}, "data": data, "run": run}, {}, overwrite=False)
-    none = images[images.labels[:0]]
-    attack_result.save(record, model, none, none if triggered is None else triggered)
-    record.finish({})
-    return path
-
-
-@pytest.mark.parametrize(("size", "seed", "word"), [(32, 0, "attacked"), (32, 1, "other"), (16, 0, "other digits")])
-def test_the_network_of_a_record_is_used_if_it_fits(tmp_path, size, seed, word):
-    images, given, attacked = toy_images(8, size=32), toy_images(8, size=size, seed=seed), word == "attacked"
-    path = write_record(tmp_path / "clean", images, images[torch.arange(8)] if attacked else None)
-    if not attacked:
-        net = load_clean(path, images)
-        assert not net.training and not any(p.requires_grad for p in net.parameters())
-    with pytest.raises(RecordError, match=word):
-        load_clean(path, given)
-    (path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(RecordError, match="differs"):
-        load_clean(path, images)
 
 
 @pytest.mark.parametrize(("n", "judges", "seed"), [(1100, 1000, 0), (40, 20, 0), (40, 20, 1), (20, 20, 0), (10, 10, 0)])

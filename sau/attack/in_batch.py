@@ -46,8 +46,8 @@ class InBatchAttack(Attack):
 
     def describe(self, trained_on: Images, batch_size: int) -> str:
         share = self.pratio * batch_size
-        which = f"{int(share)} images poisoned" if share >= 1 else f"one image poisoned with probability {share:.3g}"
-        cross = self.cross_count(max(1, int(share)), batch_size)
+        which = f"one image poisoned with probability {share:.3g}" if 0 < share < 1 else f"{int(share)} images poisoned"
+        cross = self.cross_count(int(share) or math.ceil(share), batch_size)
         return f"of each batch of {batch_size} {which}, {cross} {self.cross_how}"
 
     @torch.no_grad()

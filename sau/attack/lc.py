@@ -43,7 +43,6 @@ class LC(Attack):
     lc_step_size: float = param(1.5 / 255, "length of a step", gt=0, lt=1)
 
     def make_trigger(self, context: TriggerContext) -> nn.Module:
-        """The surrogate."""
         return train_clean(context)
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:

@@ -283,10 +283,10 @@ def stack_batches(batches: Batched) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-def rebatch(x: Tensor, y: Tensor, size: int, like: Batched) -> Batches:
-    """Images made of those of `like` in batches of `size`, with its seed and its augmentation."""
+def rebatch(x: Tensor, y: Tensor, like: Batched) -> Batches:
+    """Images made of those of `like`, with its size of batches, seed and augmentation."""
     given: Any = like
-    return Batches(x, (y,), size, given.seed, given.augment)
+    return Batches(x, (y,), given.size, given.seed, given.augment)
 
 
 def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:

@@ -259,5 +259,4 @@ class AdversarialTraining(TrainingDefense):
 
     @property
     def ball(self) -> Ball:
-        """S."""
         return Ball(norm=self.norm, eps=self.eps, clip=self.clip_pixels)

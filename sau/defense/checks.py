@@ -165,7 +165,7 @@ def check_before(method: Any, model: nn.Module, batches: Batched, session: RunCo
     half_way = total * (1 + 1 / classes) / 2  # from chance to all; an attacked network has nearly its full ACC
     if right < half_way:
         usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
-        session.say(f"warning: the network classifies only {right:,} of {total:,} clean images correctly; {usual}")
+        session.say(f"warning: the network classifies only {right:,} of {total:,} {kind} images correctly; {usual}")
     if method.data_use != "none":
         counts, runs = labels.bincount(minlength=classes), 1 + int((labels.diff() != 0).sum())
         present = int(counts.count_nonzero())

@@ -67,17 +67,13 @@ class NAD(TrainingDefense):
 
             load_weights(teacher, Path(self.teacher_model_loc))
         else:
-            self.tune(teacher, batches, session)
+            plan = replace(self, epochs=self.te_epochs)  # fine-tunes a copy of the network, which becomes the teacher
+            state = plan.prepare(teacher, batches)
+            step, end_epoch = partial(TrainingDefense.step, plan, state), partial(plan.end_epoch, state)
+            kept = {"teacher": teacher, "descent": state["descent"]}  # without "model": nobody wants its scores
+            loop.run(step, batches, plan.epochs, state=kept, end_epoch=end_epoch, session=session, label="teacher")
         state = {"teacher": teacher.eval().requires_grad_(False), "weights": weights}
         self.train({**self.prepare(model, batches), **state}, batches, session.for_stage(1))
-
-    def tune(self, teacher: nn.Module, batches: Batched, session: RunContext) -> None:
-        """Fine-tune a copy of the network, which becomes the teacher."""
-        plan = replace(self, epochs=self.te_epochs)
-        state = plan.prepare(teacher, batches)
-        step, end_epoch = partial(TrainingDefense.step, plan, state), partial(plan.end_epoch, state)
-        kept = {"teacher": teacher, "descent": state["descent"]}  # without "model": nobody wants the teacher's scores
-        loop.run(step, batches, plan.epochs, state=kept, end_epoch=end_epoch, session=session, label="teacher")
 
     def supports_microbatch(self) -> bool:
         return True

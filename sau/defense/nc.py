@@ -121,7 +121,7 @@ class NC(TrainingDefense):
         text = f"largest anomaly index {max(index):.3g}, median mask norm {float(norms.quantile(0.5)):.4g}"
         session.say(f"flagged classes: {', '.join(map(str, flagged)) or 'none, so the network stays as it is'}; {text}")
         if flagged:
-            stamped = rebatch(*self.stamped(x, y, patches), self.batch_size, batches)
+            stamped = rebatch(*self.stamped(x, y, patches), batches)
             self.train({**self.prepare(model, stamped), "patches": patches}, stamped, session.for_stage(1))
 
     def stamped(self, x: Pixels, y: Labels, patches: Patches) -> tuple[Tensor, Tensor]:

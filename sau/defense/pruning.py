@@ -233,7 +233,7 @@ class MaskPruning(Defense):
         fixed = self.pruning_number if self.select == "defender" else None
         if fixed is None and self.select == "defender":
             clean, held = hold_out(*clean, self.held_back)
-            batches = rebatch(*clean, self.batch_size, batches)
+            batches = rebatch(*clean, batches)
         masks = self.learn(model, clean, batches, session)
         if fixed is not None:
             prune_fixed(model, self.level(masks, fixed), session)
