@@ -32,7 +32,6 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for."""
     if name not in _MODULES:
         raise AttributeError(f"module 'sau' has no attribute {name!r}")
     from importlib import import_module

@@ -6,13 +6,13 @@ these, or one of these `| None`.
 
 import difflib
 import inspect
-import math
 import os
 import reprlib
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from decimal import ROUND_DOWN, Context
 from numbers import Real
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -46,8 +46,7 @@ def param(default: Any, help: str = "", *, aliases: tuple[str, ...] = (), **boun
 
 def at_most(bound: float) -> str:
     """The largest number of four digits that is not above `bound`, which is above 0."""
-    text = f"{bound:.4g}"
-    return text if float(text) <= bound else f"{bound - 10.0 ** (math.floor(math.log10(bound)) - 3) / 2:.4g}"
+    return f"{float(Context(4, ROUND_DOWN).create_decimal(bound)):g}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,6 @@ class Option:
 
     @property
     def about(self) -> str:
-        """The help text and the range."""
         return f"{self.help}; {self.range}" if self.range else self.help
 
     def parse(self, value: Any) -> Any:

@@ -66,7 +66,6 @@ class Score:
     racc: Proportion | None = None
 
     def shares(self) -> dict[str, Proportion | None]:
-        """By the names that files have for them."""
         return dict(vars(self))
 
     def __str__(self) -> str:

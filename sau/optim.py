@@ -71,7 +71,6 @@ class Method:
         check(self)
 
     def params(self) -> dict[str, Any]:
-        """The hyperparameters, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
 
     def identity(self) -> dict[str, Any]:

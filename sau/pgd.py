@@ -78,7 +78,6 @@ class Search:
         return Ball(norm=self.norm, eps=self.eps, clip=True)
 
     def ascend(self, objective: Callable[[Change], PerImage], x: Pixels, e: Change) -> Change:
-        """e after one step."""
         size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         return pgd(objective, x, e, self.ball, steps=1, lr=size, direction=partial(steepest, norm=self.norm))
 

@@ -31,7 +31,6 @@ CONFIG = options(AuditConfig)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
     flags = Parser(__doc__)
     add = flags.add_argument
     add("--result_file", required=True, nargs="+", help="attacks: folders or names below --record_root, like badnet_s0")

@@ -27,7 +27,6 @@ def comparable(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compare the audits that the command line names."""
     parser = Parser(__doc__)
     parser.add_argument("audit", nargs="+", type=Path, help="folders of audits")
     parser.add_argument("--out", type=Path, required=True, help="path of the results without an ending")

@@ -44,7 +44,6 @@ USED = {
 
 
 def processor(device: torch.device) -> str:
-    """The name of the processor or card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line.split(":")[1].strip() for line in CPU_INFO.read_text().splitlines() if line.startswith("model name")]
@@ -70,7 +69,6 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the part, print its rows, and write them where `--json` says."""
     args = command_line().parse_args()
     given = {name: value for name, value in vars(args).items() if name not in ("part", "json")}
     device = use_device(args)

@@ -4,6 +4,7 @@ What stands between `<!-- measured -->` and `<!-- /measured -->` in docs/attacks
 docs/results.
 """
 
+import argparse
 import re
 import textwrap
 from functools import cache
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from sau.report.cells import DEAD, TableCell, sections
-from sau.report.results import NONE, PERCENT, MeanStd, find_results, mean_std
+from sau.report.results import NONE, PERCENT, find_results, mean_std, shown
 from sau.report.tables import Row, markdown, mean_row, published
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -29,8 +30,8 @@ def kept(name: str) -> list[TableCell]:
     return [cell for section in sections(results) for cell in section.cells]
 
 
-def update(check: bool) -> int:
-    """Write the pages that are stale, or with `check` only name them and return 1 if there are any."""
+def cards(args: argparse.Namespace) -> int:
+    """Write the pages that are stale, or with `--check` only name them and return 1 if there are any."""
     stale, results = False, kept(TABLE)
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
         for file in sorted((DOCS / kind).glob("*.md")):
@@ -43,25 +44,14 @@ def update(check: bool) -> int:
             )
             if new != old:
                 stale = True
-                print(f"{'stale' if check else 'written'}: {file.relative_to(DOCS.parent)}")
-                if not check:
+                print(f"{'stale' if args.check else 'written'}: {file.relative_to(DOCS.parent)}")
+                if not args.check:
                     file.write_text(new)
-    return int(check and stale)
-
-
-def text(found: MeanStd | None, digits: int = 2) -> str:
-    """Mean and standard deviation; a dash if a value is missing."""
-    return found.text(digits) if found else "-"
+    return int(args.check and stale)
 
 
 def columns(cell: TableCell, *names: str, digits: int = 2) -> list[str]:
-    """Figures over seeds."""
-    return [text(cell.figures[name], digits) for name in names]
-
-
-def figures(row: Row) -> list[str]:
-    """Two decimals, or a dash."""
-    return ["-" if value is None else f"{value:.2f}" for value in row]
+    return [shown(cell.figures[name], digits) for name in names]
 
 
 def recipe(kind: str, name: str) -> str:
@@ -82,13 +72,13 @@ def attack_table(cells: list[TableCell], name: str) -> str:
     texts, seeds = columns(own, "acc", "asr", "racc"), len(own.results)
     triggers = [result.summary.get("trigger") or {} for result in own.results]
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "in_ball": 1}
-    texts += [text(mean_std([trigger.get(key) for trigger in triggers]), n) for key, n in digits.items()]
+    texts += [shown(mean_std([trigger.get(key) for trigger in triggers]), n) for key, n in digits.items()]
     texts += columns(own, "seconds", digits=0)
     head = ["ACC", "ASR", "R-ACC", "PSNR", "SSIM", "L-infinity", "in ball", "seconds"]
     crossed = [result.summary["cross_acc"] for result in own.results if "cross_acc" in result.summary]
     if crossed:
         head.insert(3, "cross ACC")
-        texts.insert(3, text(mean_std(crossed)) + f" ({len(crossed)} seeds)" * (len(crossed) < seeds))
+        texts.insert(3, shown(mean_std(crossed)) + f" ({len(crossed)} seeds)" * (len(crossed) < seeds))
     about = f"Recipe `cpu`{recipe('attack', name)}, {seeds} seed{'s' * (seeds > 1)}; [columns](README.md#tables)."
     return f"{wrapped(about)}\n{markdown(head, [texts])}"
 
@@ -137,7 +127,7 @@ def defense_row(cell: TableCell) -> list[str]:
 
 def means(cells: list[TableCell], *names: str) -> list[str]:
     """Means over attacks of the means over seeds."""
-    return figures(mean_row([[one.mean if (one := cell.figures[name]) else None for name in names] for cell in cells]))
+    return [*map(shown, mean_row([cell.means(*names) for cell in cells]))]
 
 
 def defense_mean(cells: list[TableCell]) -> list[str]:
@@ -153,7 +143,7 @@ def published_cell(table: dict[str, Any], row: Row | None, oracle: bool) -> str:
     """ACC / ASR as published, marked if test sets chose only there; a dash if they chose only here."""
     if row is None or (oracle and table["selection"] != "oracle"):
         return "-"
-    return " / ".join(figures(row[:2])) + " †" * (table["selection"] == "oracle" and not oracle)
+    return " / ".join(map(shown, row[:2])) + " †" * (table["selection"] == "oracle" and not oracle)
 
 
 def flagged(cells: list[TableCell]) -> str:

@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,48 +45,39 @@ from sau.types import Bytes
 COMPONENTS, SMALLEST = 10, 0.35  # of activation clustering
 FACTORS, AGREE = (3, 5, 7, 9, 11), 0.5  # of SCALE-UP
 Found = tuple[Tensor, Tensor]  # scores [N], the higher the more suspicious, and flags [N]
-Classes = list[tuple[Tensor, Tensor]]  # of each label: positions [n] and last features [n, F] of its images
 
 
 def detections(model: nn.Module, images: Images, expected: float) -> Iterator[tuple[str, Found]]:
     """Name and findings of each detector; the features are computed with the first."""
     features, labels = last_features(model, images.pixels), images.labels.cpu()
-    places = [(labels == label).nonzero().flatten() for label in labels.unique()]
-    classes = [(at, features[at]) for at in places]
-    yield "spectral", spectral(classes, expected)
-    yield "clustering", clustering(classes)
+    for name, detector in {"spectral": partial(spectral, expected=expected), "clustering": clustering}.items():
+        scores, flags = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels.unique():
+            at = labels == label
+            scores[at], flags[at] = detector(features[at])
+        yield name, (scores, flags)
     yield "scaling", scaling(model, images.pixels)
 
 
-def _nothing(classes: Classes) -> Found:
-    n = sum(len(at) for at, _ in classes)
-    return torch.zeros(n), torch.zeros(n, dtype=torch.bool)
-
-
-def spectral(classes: Classes, expected: float) -> Found:
-    """Spectral signatures."""
-    scores, flags = _nothing(classes)
-    for at, h in classes:
-        h = h - h.mean(0)
-        direction = torch.linalg.svd(h, full_matrices=False)[2][0]
-        scores[at] = (h @ direction).square()
-        flags[at[scores[at].topk(min(len(at), round(1.5 * expected * len(at)))).indices]] = True
+def spectral(h: Tensor, expected: float) -> Found:
+    """Spectral signatures, of the features [n, F] of one label."""
+    h = h - h.mean(0)
+    scores = (h @ torch.linalg.svd(h, full_matrices=False)[2][0]).square()
+    flags = torch.zeros(len(h), dtype=torch.bool)
+    flags[scores.topk(min(len(h), round(1.5 * expected * len(h)))).indices] = True
     return scores, flags
 
 
-def clustering(classes: Classes) -> Found:
-    """Activation clustering."""
-    scores, flags = _nothing(classes)
-    for at, h in classes:
-        if len(at) <= COMPONENTS:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # its components are used all the same
-            parts = FastICA(min(COMPONENTS, h.shape[1]), random_state=0, max_iter=1000).fit_transform(h.numpy())
-        cluster = torch.from_numpy(KMeans(2, n_init=10, random_state=0).fit_predict(parts)).long()
-        shares = cluster.bincount(minlength=2) / len(at)
-        scores[at], flags[at] = 1 - shares[cluster], shares[cluster] < SMALLEST
-    return scores, flags
+def clustering(h: Tensor) -> Found:
+    """Activation clustering, of the same."""
+    if len(h) <= COMPONENTS:
+        return torch.zeros(len(h)), torch.zeros(len(h), dtype=torch.bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # its components are used all the same
+        parts = FastICA(min(COMPONENTS, h.shape[1]), random_state=0, max_iter=1000).fit_transform(h.numpy())
+    cluster = torch.from_numpy(KMeans(2, n_init=10, random_state=0).fit_predict(parts)).long()
+    shares = cluster.bincount(minlength=2) / len(h)
+    return 1 - shares[cluster], shares[cluster] < SMALLEST
 
 
 def scaling(model: nn.Module, pixels: Bytes) -> Found:

@@ -12,10 +12,6 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 wanted=$(cat setup.py requirements.txt | cksum)
 if [ "$(cat "$VIRTUAL_ENV/.sau-installed" 2>/dev/null)" != "$wanted" ]; then
-  # The distribution was called `sau` at first, as a package of others on PyPI is. Two of ours would share their files.
-  if python -m pip show sau 2>/dev/null | grep -q "^Summary: Backdoor attacks and defenses"; then
-    python -m pip uninstall --quiet --yes sau
-  fi
   python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
   echo "$wanted" >"$VIRTUAL_ENV/.sau-installed"
 fi

@@ -22,7 +22,7 @@ from sau.compat.backdoorbench import exported_images, new_folder, save_png, writ
 from sau.data.images import Images
 from sau.errors import ConfigError, run_command
 from sau.files import existing
-from sau.record.folder import Record
+from sau.record import attack_result
 from sau.tools import Parser
 
 COLUMNS = ("labels", "true_labels", "role", "index")
@@ -49,7 +49,6 @@ def export_npz(parts: dict[str, Images], target: Path) -> None:
 
 
 def main() -> int:
-    """Export one record; exit status 2 for a user's mistake."""
     parser = Parser(__doc__)
     parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--format", required=True, choices=("backdoorbench", "png", "npz"), help="what to write")
@@ -60,12 +59,11 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.name_there is not None and asked.format != "backdoorbench":
         raise ConfigError(f"--name_there goes with --format backdoorbench, got is {asked.format}; leave it out")
-    record, target = Record(existing(asked.record_root, asked.name)), Path(asked.out).absolute()
-    record.check()
+    attacked, target = attack_result.load(existing(asked.record_root, asked.name)), Path(asked.out).absolute()
     if asked.format == "backdoorbench":
-        write(record, target, asked.name_there or target.name, asked.dataset_path)
+        write(attacked, target, asked.name_there or target.name, asked.dataset_path)
     else:
-        train, poisoned, triggered, _ = exported_images(record, asked.dataset_path)
+        train, poisoned, triggered, _ = exported_images(attacked, asked.dataset_path)
         parts = {"train": train.replace_rows(poisoned, poisoned.index), "test_triggered": triggered}
         (export_png if asked.format == "png" else export_npz)(parts, target)
     print(target)

@@ -62,7 +62,6 @@ def recorded(attack: type[Attack], test: str, root: Path) -> tuple[Images, Recor
 
 
 def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Namespace) -> Line:
-    """What the gallery shows of one attack."""
     own = recorded(attack, fingerprint(test), Path(asked.record_root))
     if own is not None:
         triggered, note = own[0], f"from the record {own[1].path.name}"
@@ -97,7 +96,6 @@ def row(shown: Line) -> list[str]:
 
 
 def draw(lines: list[Line], columns: int) -> bytes:
-    """The PNG."""
     size = (0.85 * 3 * columns + 2.4, 0.95 * len(lines))
     figure, axes = plt.subplots(len(lines), 3 * columns, figsize=size, squeeze=False)
     for row, shown in zip(axes, lines, strict=True):
@@ -126,7 +124,6 @@ def draw(lines: list[Line], columns: int) -> bytes:
 
 
 def main() -> int:
-    """Write the picture, print the table; exit status 2 for a user's mistake."""
     parser = Parser((__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", default="digits", help="data set whose images are shown [digits]")
@@ -138,7 +135,6 @@ def main() -> int:
     add("--radius", type=float, default=quality.RADIUS, help="of the ball that triggers are counted in [0.2]")
     asked = parser.parse_args()
     require("--columns", asked.columns, asked.columns >= 1, "1 and more")
-    require("--radius", asked.radius, 0 < asked.radius < 1, "above 0 and below 1")
     train, test = load(asked.dataset, asked.dataset_path, asked.img_size)
     lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]
     write(Path(asked.out), draw(lines, asked.columns))

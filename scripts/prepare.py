@@ -20,7 +20,6 @@ from sau.tools import Parser
 
 
 def row(part: str, images: Images) -> list[str]:
-    """What there is to say of the training or the test images."""
     counts = images.labels.bincount(minlength=images.num_classes)
     shape = "x".join(map(str, images.pixels.shape[1:]))
     few, most = int(counts.min()), int(counts.max())
@@ -28,7 +27,6 @@ def row(part: str, images: Images) -> list[str]:
 
 
 def main() -> None:
-    """Read and describe each data set that is named."""
     parser = Parser(__doc__)
     parser.add_argument("dataset", nargs="+", help=f"one or more of {', '.join(SOURCES)}")
     parser.add_argument("--dataset_path", default="./data", help="folder of the data sets [./data]")

@@ -38,8 +38,8 @@ from sau.audit.tables import curves, read
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, require, run_command
 from sau.report.cells import Section, TableCell, sections
-from sau.report.results import NONE, PERCENT, Result, find_results, mean_std
-from sau.report.tables import comparable, markdown, mean_row, paired_comparisons, published, published_rows
+from sau.report.results import NONE, PERCENT, Result, find_results, mean_std, shown
+from sau.report.tables import markdown, mean_row, paired_comparisons, published, published_rows
 from sau.tools import Parser, add_device
 
 BLOCK = re.compile("(<!-- table -->\n).*?(<!-- /table -->\n)", re.S)
@@ -49,11 +49,11 @@ Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisonin
 
 
 def main() -> int:
-    """Run the subcommand."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add: dict[str, Parser] = {}
-    for name, (function, about) in COMMANDS.items():
+    for name, function in COMMANDS.items():
+        about = (function.__doc__ or "").split("\n")[0]
         add[name] = commands.add_parser(name, help=about, description=about)
         add[name].set_defaults(function=function)
     add["table"].add_argument("root", type=Path, help="folder of the result folders")
@@ -134,18 +134,12 @@ def _overview(section: Section) -> str:
     took = [attack for attack in attacks if attack in counted] or attacks
     body = []
     for name, cells in rows.items():
-        means = [_mean(cells, took, figure) for figure in PERCENT]
+        means = mean_row([cells[a].means(*PERCENT) for a in took]) if cells.keys() >= {*took} else [None] * 4
         means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
-        body.append([name, *map(_number, means), *(_asr(cells.get(attack)) for attack in attacks)])
+        body.append([name, *map(shown, means), *(_asr(cells.get(attack)) for attack in attacks)])
     head = ["defense", "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]  # first, so that nobody has to scroll to them
     head += ["published: ACC", "ASR", "R-ACC", "DER"] if paper else []
     return markdown([*head, *attacks], body)
-
-
-def _mean(cells: dict[str, TableCell], attacks: list[str], name: str) -> float | None:
-    """Mean over these attacks; None if one lacks the figure."""
-    found = mean_std([figure.mean if (figure := cells[a].figures[name]) else None for a in attacks if a in cells])
-    return found.mean if found and len(found.values) == len(attacks) else None
 
 
 def _mean_of_known(cells: dict[str, TableCell], name: str) -> float | None:
@@ -155,7 +149,8 @@ def _mean_of_known(cells: dict[str, TableCell], name: str) -> float | None:
 
 def _published(cell: TableCell, attacks: list[str | None]) -> list[float | None]:
     """The published mean over these attacks; nothing if one was not published or the rows were chosen otherwise."""
-    rows = published()["tables"][cell.defense]["rows"] if comparable(cell.defense, cell.oracle) else {}
+    table = published()["tables"].get(cell.defense)
+    rows = table["rows"] if table and (table["selection"] == "oracle") == cell.oracle else {}
     return mean_row([rows[attack] for attack in attacks]) if attacks and {*attacks} <= {*rows} else [None] * 4
 
 
@@ -164,11 +159,7 @@ def _asr(cell: TableCell | None) -> str:
     if cell is None:
         return ""
     figure = cell.figures["asr"] or cell.figures["acc"]
-    return _number(figure.mean if figure else None, 1) + (f" ({len(cell.results)})" if len(cell.results) > 1 else "")
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return shown(figure and figure.mean, 1) + (f" ({len(cell.results)})" if len(cell.results) > 1 else "")
 
 
 def _against(section: Section, defense: str) -> str:
@@ -192,9 +183,7 @@ def seeds(args: argparse.Namespace) -> None:
         body = []
         for cell in sorted(section.cells, key=lambda c: (c.attack, c.attack_label, c.defense != NONE, c.defense)):
             lost = mean_std([result.acc_lost for result in cell.results])
-            texts = [one.text() if one else "-" for one in (*(cell.figures[name] for name in PERCENT), lost)]
-            seconds = cell.figures["seconds"]
-            texts.append(seconds.text(0) if seconds else "-")
+            texts = [*map(shown, (*(cell.figures[name] for name in PERCENT), lost)), shown(cell.figures["seconds"], 0)]
             body.append([cell.attack_name, cell.name, str(len(cell.results)), *texts])
         print(f"\n{section.title}\n\n" * (len(found) > 1), markdown(heads, body), sep="", end="")
         print(f"\n{section.dead}\n" * bool(section.dead), end="")
@@ -224,7 +213,7 @@ def clean(args: argparse.Namespace) -> None:
     for network, attacks in found.items():
         means = [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in attacks.values()]
         columns = list(zip(*means, strict=True))
-        most, attack = max(zip(columns[2], attacks, strict=True))
+        most, attack = max(zip(columns[2], attacks, strict=True), key=lambda pair: pair[0])
         texts = [f"{statistics.mean(column):.1f}" for column in columns]
         body.append([network, str(len(attacks)), *texts, f"{most:+.1f} ({attack})"])
     print(markdown([*heads, "largest excess"], body), end="")
@@ -315,17 +304,8 @@ def _after(rows: Rows) -> str:
     return f"{_means(rows, 'acc_after', 'asr_after', 'racc_after', *relearned)} ({counts})" if rows else ""
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
-    "table": (table, "attacks against defenses with means and published means, and one defense against each rival"),
-    "seeds": (seeds, "mean and standard deviation over seeds, a row a cell"),
-    "clean": (clean, "purified networks beside a clean one: excess ASR, gap of R-ACC, and what brings the ASR back"),
-    "ratios": (ratios, "ASR against the poisoning ratio, as a table, PNG and SVG"),
-    "gaps": (risks.gaps, "how far R_adv and R_share lie above R_bd, of defenses that ran with --track_risk"),
-    "radii": (risks.radii, "risks of a record's networks against the radius of the ball"),
-    "own": (own, "defenses on networks of other kinds, from tests/test_own_networks.py"),
-    "cost": (cost.cost, "what a defense computes, in forward passes of the network"),
-    "cards": (lambda args: cards.update(args.check), "write the figures of docs/results into the pages of methods"),
-}
+EACH = (table, seeds, clean, ratios, risks.gaps, risks.radii, own, cost.cost, cards.cards)
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {each.__name__: each for each in EACH}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

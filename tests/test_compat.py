@@ -115,13 +115,17 @@ def toy_parts() -> tuple[Images, Images]:
     return poisoned, triggered
 
 
+def export(record: Record, target: Path, name: str) -> None:
+    backdoorbench.write(attack_result.load(record.path), target, name)
+
+
 @pytest.fixture
 def toy_content(make, tiny) -> Callable[[Path], dict[str, Any]]:
     """`toy_content(folder)` is what BackdoorBench would have saved in `folder`, whose PNG files are written."""
     record = make(role=(BACKDOOR,) * 3)
 
     def content(folder: Path) -> dict[str, Any]:
-        backdoorbench.write(record, folder, folder.name)
+        export(record, folder, folder.name)
         return torch.load(folder / RESULT, weights_only=False)
 
     return content
@@ -335,7 +339,7 @@ def make(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_written_and_read_again(make, tmp_path, monkeypatch):
     record, root = make(), tmp_path / "bench"
-    backdoorbench.write(Record(record.path), root / "record" / "new", "new")
+    export(record, root / "record" / "new", "new")
     names = sorted(str(file.relative_to(root)) for file in (root / "record").glob("*"))
     assert names == ["record/new"]  # nothing temporary is left
     found = backdoorbench.read(root / "record" / "new")
@@ -365,14 +369,14 @@ def test_written_and_read_again(make, tmp_path, monkeypatch):
     ({"dataset": "digits"}, "no data set digits"),
     ({"width": 16}, "'width': 16"),
     ({"name": "resnet18"}, "preactresnet18 or vgg19 or vgg19_bn of width 64"),
-    ({"shape": [3, 64, 64]}, "'shape': [3, 32, 32]"),
+    ({"shape": [3, 64, 64]}, "images [3, 32, 32], but the network takes [3, 64, 64]"),
     ({"mean": [0.5, 0.5, 0.5]}, "'mean': [0.4914, 0.4822, 0.4465]"),
     ({"std": [0.5, 0.5, 0.5]}, "'std': [0.247, 0.243, 0.261]"),
     ({"poison": False}, "clean network"),
 ])  # fmt: skip
 def test_what_cannot_be_expressed(make, tiny, tmp_path, changed, word):
     with refuses(RecordError, word):
-        backdoorbench.write(make(**changed), tmp_path / "out", "out")
+        export(make(**changed), tmp_path / "out", "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -381,29 +385,29 @@ def test_other_images_and_parts_of_a_data_set_are_refused(make, tiny, tmp_path, 
     for lengths in ((41, 20), (40, 21)):
         monkeypatch.setitem(OFFICIAL, "cifar10", (10, lengths[:1], lengths[1]))
         with pytest.raises(RecordError, match=r"a part of cifar10 \(40 and 20"):
-            backdoorbench.write(record, tmp_path / "out", "out")
+            export(record, tmp_path / "out", "out")
     monkeypatch.setattr(sources, "load", lambda dataset, path, size: (toy_images(40), toy_images(20)))
     with pytest.raises(RecordError, match="holds other"):
-        backdoorbench.write(record, tmp_path / "out", "out")
+        export(record, tmp_path / "out", "out")
 
 
 def test_a_folder_appears_whole_or_not_at_all(make, tiny, tmp_path, monkeypatch):
     record, target = make(), tmp_path / "out" / "new"
     for name in ("../new", "a/b", "", ".x"):
         with pytest.raises(RecordError):
-            backdoorbench.write(record, target, name)
+            export(record, target, name)
 
     def full(self: Any, path: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Image.Image, "save", full)
-        backdoorbench.write(record, target, "new")
+        export(record, target, "new")
     assert not target.exists() and not list(target.parent.iterdir())
-    backdoorbench.write(record, target, "new")
+    export(record, target, "new")
     assert target.stat().st_mode & 0o777 == 0o755
     with pytest.raises(RecordError, match="exists"):
-        backdoorbench.write(record, target, "new")
+        export(record, target, "new")
 
 
 # scripts/export.py
@@ -417,7 +421,7 @@ def flags(tmp_path: Path, kind: str, out: str = "out") -> tuple[str, ...]:
 def wanted(make, tiny):
     """The record's poisoned training set and triggered test set."""
     record = make()
-    train, poisoned, triggered, n_test = backdoorbench.exported_images(record)
+    train, poisoned, triggered, n_test = backdoorbench.exported_images(attack_result.load(record.path))
     whole = train.replace_rows(poisoned, poisoned.index)
     assert n_test == 20 and len(whole) == 40 and (whole.role > 0).sum() == 3
     assert torch.equal(whole.pixels[poisoned.index], poisoned.pixels) and (whole.labels != whole.true_labels).any()

@@ -80,7 +80,6 @@ class Case:
 
     @cached_property
     def channels(self) -> measure.Channels:
-        """The channels of the attacked network that change most with the trigger."""
         return measure.top_tac_channels(self.networks[NONE], self.untriggered, self.triggered)
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sau import files
 from sau.audit.runner import CONTROL, RESULT
 from sau.errors import MALFORMED, RecordError, one_line
-from sau.report.results import NONE, MeanStd
+from sau.report.results import NONE, MeanStd, shown
 from sau.report.tables import markdown
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ def tables(audits: Sequence[Audit]) -> str:
         steps = _steps(lines)
         alone = key[0] in ("before", "statistics")
         heads = ["network", *("ASR" if alone else f"k = {x}" if key[0] == "relearn" else str(x) for x in steps)]
-        body = [[name, *(_text(line.get(x)) for x in steps)] for name, line in lines.items()]
+        body = [[name, *(shown(line.get(x), 1) for x in steps)] for name, line in lines.items()]
         if alone or key[0] == "relearn":
             heads.append("ACC" if alone else f"ACC at {heads[-1]}")
-            body = [[*cells, _text(acc[key][cells[0]].get(steps[-1]))] for cells in body]
+            body = [[*cells, shown(acc[key][cells[0]].get(steps[-1]), 1)] for cells in body]
         texts.append(f"{one_line(_title(key))}\n\n{markdown(heads, body)}".rstrip())
     s, bec = (curves(audits, figure).get(("bec", ""), {}) for figure in ("s", "bec"))
     if s:
-        body = [[name, _text(line[0], 3), _text(bec.get(name, {}).get(0), 3)] for name, line in s.items()]
+        body = [[name, shown(line[0], 3), shown(bec.get(name, {}).get(0), 3)] for name, line in s.items()]
         texts.append(f"Backdoor existence coefficient\n\n{markdown(['network', 's', 'BEC'], body)}".rstrip())
     return "\n\n".join(texts)
 
@@ -103,10 +103,6 @@ def _steps(lines: Mapping[str, Line]) -> list[Any]:
 
 def _title(key: Key) -> str:
     return TITLES.get(key, f"{key[0]}: trigger and the {key[1]}")
-
-
-def _text(value: MeanStd | None, digits: int = 1) -> str:
-    return "-" if value is None else value.text(digits)
 
 
 def draw(audits: Sequence[Audit]) -> "Figure":

@@ -28,9 +28,7 @@ from sau.data.readers import read_images
 from sau.data.sources import DATA_FOLDER, OFFICIAL, source
 from sau.errors import MALFORMED, RecordError, SauError, require
 from sau.models import build, state_dict_spec
-from sau.record import attack_result
 from sau.record.attack_result import BACKDOORBENCH, AttackResult
-from sau.record.folder import Record
 
 NETWORKS = ("preactresnet18", "vgg19", "vgg19_bn")  # that BackdoorBench builds as we do
 
@@ -114,12 +112,11 @@ def _row(folder: Path, name: str, entry: Any, index: int) -> tuple[str, int, int
     raise RecordError(f"{file} is missing or no ordinary file, and so is {reprlib.repr(path)}; copy the whole folder")
 
 
-def exported_images(record: Record, data: str | None = None) -> tuple[Images, Images, Images, int]:
+def exported_images(attacked: AttackResult, data: str | None = None) -> tuple[Images, Images, Images, int]:
     """Clean training set, poisoned training images (maybe none), triggered test set, number of clean test images.
     `data` is the folder of the data sets; None is where the attack had them. RecordError for a clean network."""
-    attacked = attack_result.load(record.path)
     if attacked.triggered is None:
-        raise RecordError(f"{record.path} holds a clean network, so there are no images to export; name an attack")
+        raise RecordError(f"{attacked.path} holds a clean network, so there are no images to export; name an attack")
     train, test, _ = attacked.images(data)
     poisoned = train[torch.arange(0)] if attacked.poisoned is None else attacked.poisoned
     return train, poisoned, attacked.triggered, len(test)
@@ -145,15 +142,14 @@ def save_png(pixels: Tensor, path: Path) -> None:
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 
-def write(record: Record, target: Path, name: str, data: str | None = None) -> None:
+def write(attacked: AttackResult, target: Path, name: str, data: str | None = None) -> None:
     """Write a finished attack to `target`, which BackdoorBench's `load_attack_result` reads, whole or not at all.
 
     The stored paths say that it lies at `record/<name>` in BackdoorBench's own folder. RecordError if BackdoorBench has
     no such data set or network, or as in `exported_images` (which `data` is for) and `new_folder`.
     """
-    config = record.check()
     files.safe_join(target.parent, name)  # refuses what is no plain name
-    dataset, network = config["data"]["dataset"], config["model"]
+    dataset, network = attacked.dataset, attacked.network
     if dataset not in OFFICIAL:
         raise RecordError(f"BackdoorBench has no data set {dataset}; exported are {', '.join(OFFICIAL)}")
     origin, size = source(dataset), source(dataset).size
@@ -161,17 +157,16 @@ def write(record: Record, target: Path, name: str, data: str | None = None) -> N
     if not (network["name"] in NETWORKS and network["width"] in (None, 64) and published.items() <= network.items()):
         theirs = f"BackdoorBench has {' or '.join(NETWORKS)} of width 64 and {published} for {dataset}"
         raise RecordError(f"the network is {network}; {theirs}")
-    train, poisoned, triggered, n_test = exported_images(record, data)
+    train, poisoned, triggered, n_test = exported_images(attacked, data)
     classes, whole, whole_test = OFFICIAL[dataset]
     if (len(train), n_test) != (whole[0], whole_test):
         seen = f"the record saw a part of {dataset} ({len(train):,} and {n_test:,} images)"
         raise RecordError(f"{seen}, in BackdoorBench it has {whole[0]:,} and {whole_test:,} under other indices")
-    tensors = record.load_tensors("model")
     with new_folder(target) as folder:
         content = {
             "model_name": network["name"],
             "num_classes": classes,
-            "model": OrderedDict((key, tensors[key]) for key in blank(network["name"], classes, size)),
+            "model": OrderedDict((key, attacked.weights[key]) for key in blank(network["name"], classes, size)),
             "data_path": f"./data/{dataset}",
             "img_size": (size, size, 3),
             "clean_data": dataset,

@@ -101,7 +101,10 @@ class Local:
     def __init__(
         self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None, memory_gb: float | None
     ) -> None:
-        memory = 0.9 * available_memory() / GIB if memory_gb is None else memory_gb
+        from sau.device import memory_limit
+
+        most = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit())  # or of a container
+        memory = 0.9 * most / GIB if memory_gb is None else memory_gb
         require("memory_gb", memory, needs_gb <= memory < math.inf, f"{needs_gb:g}, which a cell needs, and more")
         threads, share = max(cell.threads for cell in cells), max(cell.gpus for cell in cells)
         places = min(check_cores(cores) // threads, int(memory / needs_gb))
@@ -112,7 +115,6 @@ class Local:
         self.pool, self.how, self.stopping = ThreadPoolExecutor(len(self.devices)), how, Event()
 
     def submit(self, cell: Cell) -> Future[Outcome]:
-        """Start a cell, or put it behind those that run."""
         return self.pool.submit(self._run, cell)
 
     def _run(self, cell: Cell) -> Outcome:
@@ -125,13 +127,6 @@ class Local:
     def stop(self) -> None:
         self.stopping.set()
         self.pool.shutdown(cancel_futures=True)
-
-
-def available_memory() -> float:
-    """Bytes of memory that this process may use: of the machine, or the limit of its control group."""
-    from sau.device import memory_limit
-
-    return min(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), memory_limit())
 
 
 def check_cores(cores: int | None) -> int:
@@ -181,7 +176,6 @@ class RayEngine:
                 raise ConfigError(f"a cell needs {needs}, but none of the {len(nodes)} machines has them")
 
     def submit(self, cell: Cell) -> Future[Outcome]:
-        """Put a cell in Ray's line."""
         needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": self.memory}
         task = self.task.options(**needs, max_retries=0, name=cell.label).remote(cell, **self.how)
         future: Future[Outcome] = task.future()

@@ -63,13 +63,14 @@ class AttackResult:
         model.net.load_state_dict(self.weights)
         return model.eval()
 
-    def images(self, dataset_path: str | None = None) -> tuple[Images, Images, list[str]]:
+    def images(self, dataset_path: str | None = None, download: bool = True) -> tuple[Images, Images, list[str]]:
         """The clean training and test images that the attack saw, and notes about them. `dataset_path` is where they
-        are; None is where the attack found them, and nothing is downloaded there but into ./data. DataError if they
-        are not there, RecordError if others are."""
+        are; None is where the attack found them, and nothing is downloaded there but into ./data, nor elsewhere without
+        `download`. DataError if they are not there, RecordError if others are."""
         place = dataset_path or self.dataset_path
-        if dataset_path is None and place != sources.DATA_FOLDER and readers.needs_download(self.dataset, Path(place)):
-            raise DataError(f"no {self.dataset} under {place}, where the attack found it; give its --dataset_path")
+        download &= dataset_path is not None or place == sources.DATA_FOLDER
+        if not download and readers.needs_download(self.dataset, Path(place)):
+            raise DataError(f"there is no {self.dataset} under {place}; give its --dataset_path")
         every = sources.load(self.dataset, place, self.network["shape"][1])
         notes = [note] if (note := sources.subset_note(self.dataset, *every)) else []
         marks = dict(zip(("train", "test"), map(sources.fingerprint, every), strict=True))

@@ -116,7 +116,6 @@ class Record:
         return entries <= {*(self.path / name for name in names), *temp_files(self.path)}
 
     def update_config(self, **facts: Any) -> None:
-        """Add facts to `config.yaml`."""
         self.config.update(as_json(facts))
         write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False).encode())
 
@@ -126,7 +125,6 @@ class Record:
         append(self.path / LOG, text + "\n")
 
     def log_metrics(self, **figures: Any) -> None:
-        """Append a line to `metrics.jsonl`."""
         self.rows.append(figures)
         append(self.path / METRICS, json.dumps(figures) + "\n")
 
@@ -187,7 +185,7 @@ class Record:
         """The configuration of a finished folder, after every file was compared with the manifest; RecordError names
         the first that differs. `light`, for readers of many folders, compares of `*.safetensors` the sizes alone."""
         if not self.path.is_dir():
-            raise RecordError(f"there is no folder {self.path}; run an attack with --save_folder_name first")
+            raise RecordError(f"there is no folder {self.path}; name a result folder")
         self.config = read_config(self.path / CONFIG)
         if not self.finished:
             raise RecordError(f"{self.path} is unfinished; repeat the command that made it to resume it")

@@ -35,6 +35,9 @@ class TableCell:
         """acc, asr, racc, der, seconds, peak_memory_mb, and before_acc, before_asr, before_racc."""
         return {name: mean_std([result.figures[name] for result in self.results]) for name in self.results[0].figures}
 
+    def means(self, *names: str) -> list[float | None]:
+        return [figure.mean if (figure := self.figures[name]) else None for name in names]
+
     @property
     def verified(self) -> bool:
         """Whether every folder was compared with its manifest; False if some hold a summary alone."""
@@ -90,7 +93,6 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Data set and network."""
         name, width = self.network.get("name", "network not recorded"), self.network.get("width")
         return one_line(f"{self.dataset or 'data set not recorded'}, {name}" + (f" of width {width}" if width else ""))
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sau.data.readers import needs_download
 from sau.defense import checks
 from sau.defense.nc import anomaly
-from sau.errors import DataError, RecordError, SauError
+from sau.errors import RecordError, SauError
 from sau.evaluate import Proportion
 from sau.figures import data_url, images, scatter
 from sau.record import attack_result
@@ -67,7 +66,7 @@ def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
         theirs = _own(other)[1]
         parts[f"{other}, before"] = theirs["before"], theirs["risk"]["before"]
     columns = [{**scores, **risks} for scores, risks in parts.values()]
-    lines = [(what, [_share(column, name) for column in columns]) for name, what in OWN_FIGURES.items()]
+    lines = [(what, [Proportion(*each[f"{name}_count"]) for each in columns]) for name, what in OWN_FIGURES.items()]
     patches = list[tuple[str, float | None, float]]()
     if verdict:
         names = [config["model"]["class_names"][int(name)] for name in verdict["sizes"]]
@@ -86,11 +85,6 @@ def _own(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if run_kind(config := record.check()) != OWN:
         raise RecordError(f"{folder} is the folder of {run_kind(config)}, allowed is that of {OWN}")
     return config, record.summary()
-
-
-def _share(figures: dict[str, Any], name: str) -> str:
-    share = Proportion(*figures[f"{name}_count"])
-    return "{:.1f} % [{:.1f}, {:.1f}]".format(share.percent, *share.interval)
 
 
 def _figure(value: float | MeanStd | None, digits: int = 2, sign: bool = False) -> str:
@@ -124,10 +118,8 @@ def trigger_strip(result: Result, dataset_path: str | None = None) -> tuple[str,
         return "", ""
     try:
         attacked = attack_result.load(result.path)
-        place = dataset_path or attacked.dataset_path
-        if needs_download(attacked.dataset, Path(place)):  # a report downloads nothing
-            raise DataError(f"no {attacked.dataset} under {place}; give --dataset_path")
         assert attacked.triggered is not None
-        return data_url(images(attacked.images(dataset_path)[1], attacked.triggered, COLUMNS), "png"), ""
+        _, test, _ = attacked.images(dataset_path, download=False)
+        return data_url(images(test, attacked.triggered, COLUMNS), "png"), ""
     except SauError as error:
         return "", f"no images: {error}"

@@ -90,6 +90,11 @@ def mean_std(values: Sequence[float | None]) -> MeanStd | None:
     return MeanStd(known) if known and len(known) == len(values) else None
 
 
+def shown(value: float | MeanStd | None, digits: int = 2) -> str:
+    """A figure as tables have it: a dash if there is none."""
+    return "-" if value is None else value.text(digits) if isinstance(value, MeanStd) else f"{value:.{digits}f}"
+
+
 def find_results(root: Path) -> tuple[list[Result], list[str]]:
     """All results below a folder, at any depth, and the folders that do not count, each with the reason; hidden ones
     and links are skipped. `root` may also be a JSONL file of summaries, as a grid publishes them; the paths are then

@@ -102,12 +102,6 @@ def published_rows(section: Section) -> list[tuple[TableCell, Row]]:
     return sorted(found, key=lambda pair: (published()["names"][pair[0].attack], pair[0].defense != NONE))
 
 
-def comparable(defense: str, oracle: bool) -> bool:
-    """Whether a defense is published, and was chosen there as here: by the test sets (`oracle`) or without them."""
-    table = published()["tables"].get(defense)
-    return table is not None and (table["selection"] == "oracle") == oracle
-
-
 def mean_row(rows: Sequence[Row]) -> Row:
     """Column by column; None where a row has none."""
     return [one.mean if one else None for one in map(mean_std, zip(*rows, strict=True))]

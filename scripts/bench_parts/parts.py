@@ -223,8 +223,6 @@ def _released_sau(s: Setting, attacked: Normalized, batches: released.Batches, t
 
 
 def _session(epochs: int, test: Images, triggered: Images) -> RunContext:
-    """Evaluates as often as a command."""
-
     def on_epoch(epoch: int, losses: dict[str, float], state: dict[str, Any]) -> dict[str, float | None]:
         if epoch % EVERY == 0 or epoch == epochs:
             score(state["model"], test, triggered)

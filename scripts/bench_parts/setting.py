@@ -39,11 +39,9 @@ class Setting:
 
     @property
     def source(self) -> Source:
-        """The data set."""
         return source(self.dataset)
 
     def load(self) -> tuple[Images, Images]:
-        """Train and test images, on the CPU."""
         return load(self.dataset, self.dataset_path)
 
     def network(self, classes: int) -> Normalized:
