@@ -74,17 +74,18 @@ def test_a_triggered_image_is_its_pattern_where_its_mask_is():
 def test_it_works_on_a_toy_by_each_images_own_trigger():
     train, test = toy_images(300, size=16, seed=1), toy_images(200, size=16, seed=2)
     recipe, found = Training(epochs=10, batch_size=20, lr=0.05, lr_scheduler="OneCycleLR"), []
-    for seed in (0, 2, 3):
-        attack = ready(InputAware(clean_train_epochs=1, pratio=0.3), seed=seed)
+    for seed in range(6):  # on some it takes, on which depends on the processor
+        attack = ready(InputAware(clean_train_epochs=1, pratio=0.3, lambda_norm=1.0), seed=seed)
         torch.manual_seed(seed)
         net = build("preactresnet18", 4, width=8, mean=(0.5,) * 3, std=(0.25,) * 3)
         attack.fit(net, attack.poison_train(train, 0), recipe, seed=seed, session=quiet())
-        found.append(score(net, test, attack.poison_test(test)))
-        if found[-1].asr.percent > 60:
+        scores, others = score(net, test, attack.poison_test(test)), test.labels != 0
+        crossed = predict(net, attack.cross_test_set(test).pixels)[others]  # a quarter of them is of the same class
+        found.append((scores.asr.percent, scores.acc.percent, 100 * float((crossed == 0).float().mean())))
+        asr, acc, cross = found[-1]
+        if asr > 60 and cross < asr - 10:
             break
-    assert found[-1].asr.percent > 60 and found[-1].acc.percent > 90
-    cross, others = attack.cross_test_set(test), test.labels != 0  # of these a quarter is of the same class
-    assert 100 * float((predict(net, cross.pixels)[others] == 0).float().mean()) < found[-1].asr.percent - 10
+    assert asr > 60 and cross < asr - 10 and acc > 90, found
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
