@@ -143,8 +143,9 @@ def score(model: nn.Module, clean: Images | Sequence[Any], triggered: Images | S
         clean: `Images`, or (pixels, labels).
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
 
-    Pixels are as `predict` has them, labels whole numbers [N]; arrays and lists are taken, too. Raises DataError for
-    labels of another shape or kind, and where the attack's label is the true one; TrainingError as `predict`.
+    Pixels [N, C, H, W] are uint8 or float in [0, 1], labels whole numbers [N]; arrays and lists are taken, too. Raises
+    DataError for labels of another shape or kind, and where the attack's label is the true one; TrainingError as
+    `predict`.
     """
     if isinstance(clean, Images):
         clean = (clean.pixels, clean.labels)

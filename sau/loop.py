@@ -44,7 +44,7 @@ class RunContext:
 
     Args:
         checkpoint: has `load()`, the last checkpoint or None, and `save(place)`, which must copy or write it at once.
-        on_epoch: called with (epochs done, mean losses, state); may return further figures to print.
+        on_epoch: called with (epochs done, mean losses and summed counts, state); may return further figures to print.
         say: prints a line.
         note: adds facts, by name, to the configuration of the run.
         other_seconds: expected seconds outside the updates (evaluation), for the forecast.
@@ -54,7 +54,7 @@ class RunContext:
         stage: number of the run among those that share the checkpoint; see `for_stage`.
         findings: what a method found out beside the network, by name, for `summary.json`; all stages share it.
         no_bar: whether no progress bar is shown; None shows one in a terminal or a notebook.
-        data_checked: whether the caller has checked the clean images (`sau.data.sources`); otherwise `purify` does.
+        data_checked: whether the caller has checked the clean images; else `purify` notes missing classes.
     """
 
     checkpoint: Any = None

@@ -101,7 +101,7 @@ class Images:
     def batches(
         self, size: int, *, seed: int | None = None, augment: Augment | None = None, drop_last: bool = False
     ) -> "Batches":
-        """Batches of (pixels in [0, 1], labels, true labels); shuffled anew each epoch if `seed` is given."""
+        """Batches of (pixels in [0, 1], labels, true labels); shuffled by `seed` and the epoch if it is given."""
         return Batches(self.pixels, (self.labels, self.true_labels), size, seed, augment, drop_last)
 
 

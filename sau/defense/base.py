@@ -96,8 +96,8 @@ class Defense(Method, ABC):
         return self if given & changed else adapted
 
     def plan(self, images: int, batches: Batched, right: float) -> str:
-        """The first line: how many images there are, and how long and how fast it trains; `right` is the share of them
-        that the network classifies correctly."""
+        """The line after the accuracy: how many images there are, and how long and how fast it trains; `right` is the
+        share of them that the network classifies correctly."""
         few = images < ENOUGH and self.data_use == "clean" and not (self.few_suffice and right > EASY)
         theirs = f"the results of {self.name} are for {PUBLISHED:,}"
         why = f", which are few: {theirs}; the accuracy may fall, and the backdoor may stay"
@@ -123,8 +123,8 @@ class Defense(Method, ABC):
 
         Args:
             model: any network [B, C, H, W] -> logits [B, K], with C 1 or 3 and weights of 32 or 64 bits.
-            data: clean images with labels: a DataLoader of (x, y, ...) or a pair of tensors. x is float in [0, 1] or
-                uint8 in a pair; normalised if and only if `mean` and `std` are given.
+            data: clean images with labels: `Images`, a DataLoader of (x, y, ...) or a pair of tensors. x is uint8, or
+                float in [0, 1], which is normalised if and only if `mean` and `std` are given.
             mean: per-channel mean (of pixels in [0, 1]) that the network expects to be subtracted.
             std: per-channel standard deviation that the network expects to be divided by.
             device: where to compute; default is where the network is.
