@@ -504,6 +504,15 @@ def test_subsets_are_said_and_recorded(here, real_data, tmp_path):
         assert note.endswith(f"no figure from it speaks for {name}")
 
 
+def test_a_folder_of_backdoorbench_is_exported(original, real_data, script, tmp_path):
+    flags = ("--format", "npz", "--out", str(tmp_path / "out"), "--dataset_path", str(real_data))
+    assert script("export.py", str(original), *flags)[0] == 0
+    found = backdoorbench.read(original)
+    with np.load(tmp_path / "out" / "test_triggered.npz") as test, np.load(tmp_path / "out" / "train.npz") as train:
+        assert np.array_equal(test["pixels"], found.triggered.pixels.numpy()) and len(train["labels"]) == 600
+        assert np.array_equal(train["pixels"][found.poisoned.index], found.poisoned.pixels.numpy())
+
+
 def test_a_folder_of_backdoorbench_is_defended_like_ours(here, original, real_data, tmp_path):
     """ACC 45 of 200, ASR 77 of 180, R-ACC 30 of 180 before (expected.json)."""
     theirs = Path(shutil.copytree(original, tmp_path / "record" / original.name))
