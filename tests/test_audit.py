@@ -325,8 +325,13 @@ def test_records_that_cannot_be_audited_are_refused(victim, clean):
     ):
         with pytest.raises(RecordError, match=word):
             open_case(**wrong)
+    control = open_case(victim, control=clean).networks["control"]
+    assert not control.training and not any(p.requires_grad for p in control.parameters())
     note(clean, data={"dataset": "digits", "train": "0" * 64, "test": ""})
     with pytest.raises(RecordError, match="other digits images"):
+        open_case(victim, control=clean)
+    (clean / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(RecordError, match="differs"):
         open_case(victim, control=clean)
 
 

@@ -163,6 +163,12 @@ def test_every_planted_class_is_flagged(planted, how):
     assert found["anomaly_index"] == pytest.approx(anomaly(torch.tensor(found["mask_norm"])).tolist(), abs=1e-2)
 
 
+def test_with_a_flagged_class_the_network_is_fine_tuned():
+    defense = NC(nc_epoch=60, batch_size=20, epochs=2, init_cost=0.05, index_threshold=0.0)
+    fixed, lines, _ = said(defense, Planted(()), grey())
+    assert not same_weights(fixed, Planted(())) and any(line.startswith("round 2/2") for line in lines)
+
+
 def test_the_pictures_of_the_fine_tuning_by_hand():
     """Ten images, two flagged classes: eight clean, the last two stamped twice, all with their true labels."""
     x, y = pair(10)

@@ -142,7 +142,7 @@ class Attack(Method, ABC):
     # Poisoning
 
     def poison_train(self, images: Images, seed: int) -> Images:
-        """Stamp and relabel round(pratio * N) images, the same ones for the same seed; none where batches are."""
+        """Stamp and relabel round(pratio * N) images, the same for the same seed; attacks inside the batches none."""
         if (count := self.num_poisoned(images)) == 0:
             return images
         rows = self.draw(images, seed, count)

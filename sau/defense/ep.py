@@ -22,7 +22,7 @@ from sau.config import param
 from sau.defense import pruning
 from sau.errors import DataError
 from sau.models.normalized import forward_hooks
-from sau.types import Batched
+from sau.types import Batched, Pixels
 
 
 class EP(pruning.ChannelOutlierPruning):
@@ -37,9 +37,6 @@ class EP(pruning.ChannelOutlierPruning):
 
     def scores(self, model: nn.Module, batches: Batched) -> pruning.ByNorm:
         norms = pruning.batch_norms(model, self.name)
-        x = torch.cat([x for x, *_ in batches])[: self.batch_size]  # the seed has shuffled them
-        if len(x) < 2:
-            raise DataError("1 image is given, but a histogram of ep needs 2 and more; give a larger ratio")
         maxima: dict[str, Tensor] = {}
 
         def add(name: str, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -47,9 +44,21 @@ class EP(pruning.ChannelOutlierPruning):
             maxima[name] = torch.maximum(highest, maxima.get(name, highest))  # a layer may run more than once
 
         with forward_hooks((norm, partial(add, name)) for name, norm in norms.items()):
-            model(x)
+            model(first_images(batches, self.batch_size))
         z = {name: (t - t.mean(0)) / t.std(0).clamp_min(1e-12) for name, t in maxima.items()}  # constant ones are 0
         return {name: -entropy(each, self.bin_width) for name, each in z.items()}
+
+
+def first_images(batches: Batched, count: int) -> Pixels:
+    """The first `count` images, which the seed has shuffled; all of them if there are fewer."""
+    drawn: list[Tensor] = []
+    for x, *_ in batches:
+        drawn.append(x)
+        if sum(map(len, drawn)) >= count:
+            break
+    if len(x := torch.cat(drawn)[:count]) < 2:
+        raise DataError("1 image is given, but a histogram of ep needs 2 and more; give a larger ratio")
+    return x
 
 
 def entropy(z: Tensor, width: float) -> Tensor:
