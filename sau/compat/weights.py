@@ -149,7 +149,7 @@ class Guess(NamedTuple):
 def guess(found: Weights) -> Guess | None:
     """The network whose names and shapes are in `found`: preactresnet18 of any width, one of torchvision's classifiers
     (except regnet, which needs memory to be compared), or None; RecordError if it is there more than once."""
-    names = sorted(torchvision_names(), key=lambda name: (not name.startswith(_FIRST), name))
+    names = sorted(torchvision_names(), key=lambda name: [not name.startswith(start) for start in _FIRST])
     for name in [*MODELS, *(name for name in names if not name.startswith("regnet"))]:
         first, *_, last = state_dict_spec(partial(unwrapped, name, 10, 64))
         for start in found.starts(first):
