@@ -1,6 +1,5 @@
 """The commands: which one is meant, the order of calls from its flags to a finished record, and how it ends."""
 
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from sau.record import attack_result
 from sau.record.folder import Record
 from sau.risk import gauge
 from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity
-from sau.settings import Settings
+from sau.settings import Settings, sentence
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 TOOLS = {"grid": "sau.grid.command:main"}
@@ -64,7 +63,7 @@ def _main(argv: list[str]) -> int:
         print(listing())
         return 0
     if kind not in TOOLS:
-        raise ConfigError(f"{' '.join(argv[:2])!r} is no command; see sau list")
+        raise ConfigError(f"{' '.join(argv[:2])!r} is no command; see sau --help and sau list")
     try:
         status: int = resolve_name(TOOLS[kind])(argv[1:])
     except ModuleNotFoundError as missing:
@@ -75,20 +74,12 @@ def _main(argv: list[str]) -> int:
 def listing() -> str:
     """The attacks, defenses, data sets and recipes, one line each."""
     groups = {
-        "attacks": {name: _sentence(sys.modules[method.__module__].__doc__) for name, method in ATTACKS.items()},
-        "defenses": {name: _sentence(method.__doc__) for name, method in DEFENSES.items()},
-        "data sets": {name: each.about for name, each in sources.SOURCES.items()},
-        "recipes": RECIPES,
+        f"{kind}s": {name: sentence(kind, each) for name, each in every.items()} for kind, every in METHODS.items()
     }
+    groups |= {"data sets": {name: each.about for name, each in sources.SOURCES.items()}, "recipes": RECIPES}
     return "\n".join(
         line for kind, each in groups.items() for line in (f"{kind}:", *(f"  {name:11} {each[name]}" for name in each))
     )
-
-
-def _sentence(doc: str | None) -> str:
-    """The first sentence of a docstring, without its citation."""
-    text = re.sub(r" \(.*?\)", "", " ".join((doc or "").split("\n\n")[0].split()))
-    return re.split(r"(?<=\w)\. ", text)[0].rstrip(".:")
 
 
 def attack(name: str, argv: Sequence[str]) -> None:
@@ -158,7 +149,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     machine.set_threads(run.threads)
     model, clean, test = given.model.to(where), given.given.to(where), given.test.to(where)
     triggered = given.triggered and given.triggered.to(where)
-    method = method.fitted(asked.asked, model, len(clean))
+    method = method.fitted(asked.asked, model, len(clean), given.lines.append)
 
     record, determined = Record(given.folder, started), identity(method, run, given.identity)
     facts = {"method": {"defense": name, **method.params()}, **given.facts, "notes": given.notes}

@@ -123,7 +123,7 @@ class OwnRun:
     def __post_init__(self) -> None:
         check(self)
         both = (self.model_file is None) == (self.clean_dir is None)
-        require("clean_dir", self.clean_dir, both, "a folder of images, with model_file")
+        require("clean_dir", self.clean_dir, both, "a folder of clean images by class, with model_file")
         fits = len(self.mean) == len(self.std) in (0, 1, 3)
         require("std", self.std, fits, "as many values as mean: none, 1 or 3")
 

@@ -5,6 +5,8 @@ Precedence: flag > YAML named by the user > record > shipped YAML > default.
 
 import argparse
 import math
+import re
+import sys
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -91,6 +93,13 @@ class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         text = " ".join(values) if isinstance(values, list) else values
         once(vars(namespace), self.dest, Setting(text, str(option_string)))
+
+
+def sentence(kind: str, method: type[Method]) -> str:
+    """What a method does: the first sentence of an attack's page, or of a defense's class, without its citation."""
+    doc = sys.modules[method.__module__].__doc__ if kind == "attack" else method.__doc__
+    text = re.sub(r" \(.*?\)", "", " ".join((doc or "").split("\n\n")[0].split()))
+    return re.split(r"(?<=\w)\. ", text)[0].rstrip(".:")
 
 
 def _metavar(hint: Any) -> str:
@@ -191,7 +200,7 @@ class Settings:
         if self.help_wanted is None:
             return
         shown = self._values(recipe, dataset, record or {})
-        about = " ".join((self.method.__doc__ or "").split("\n\n")[0].split())
+        about = sentence(self.kind, self.method) + "."
         if self.help_wanted == "--print_config":
             others = {*FILES, "save_folder_name", "overwrite"}
             if OwnRun in self.sections:

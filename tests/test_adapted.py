@@ -122,6 +122,7 @@ def stop(*_: Any) -> dict[str, float]:
 def test_what_the_user_gives_stands() -> None:
     assert first_line(SAU()).startswith("500 updates at 0.0015 (OneCycleLR): 40 images")
     assert first_line(SAU(eps=0.1)).startswith("500 updates")
+    assert first_line(SAU(batch_size=64)).startswith("500 updates at 0.0015")  # the rest adapts to it
     assert first_line(SAU(epochs=7)).startswith("7 updates at 0.0001 (constant)")
     assert first_line(SAU(lr=0.01, lr_scheduler="CosineAnnealingLR", min_lr=5e-3)).startswith("100 updates at 0.01")
     assert first_line(SAU(min_lr=5e-5)).startswith("100 updates at 0.0001")
@@ -130,6 +131,11 @@ def test_what_the_user_gives_stands() -> None:
                 for method in (SAU(), SAUSAM()) for how in ({}, {"settings": "as_given"})]  # fmt: skip
     assert searched == [True, False, True, True]
     assert first_line(FT()).startswith("1,000 updates at 0.01")
+    said, few = list[str](), PreActResNet18(10, 4)
+    small = SAU(batch_size=64).fitted({"batch_size"}, few, 150, said.append)
+    assert (small.batch_size, small.epochs, small.patches) == (64, 84, 0.5) and "epochs 84, lr " in said[0]
+    assert SAU(lr=0.01).fitted({"lr"}, few, 150, said.append).patches == 0 and "for you gave lr" in said[1]
+    assert SAU(lr=0.01).fitted({"lr"}, few, 2500, said.append) == SAU(lr=0.01) and not said[2:]
 
 
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:

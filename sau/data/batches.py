@@ -22,7 +22,7 @@ from sau.types import Batched, Bytes, Pixels
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
 VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
-EMPTY = "the clean set is empty; give at least one labelled image"
+EMPTY = "the clean set is empty; give at least one labelled image (drop_last drops a batch that is not full)"
 RngState = dict[str, Any]  # of torch's global generators
 # Mean and deviation that were undone: a number for each channel, or one for all; None: the images are in [0, 1].
 Statistics = tuple[Sequence[float], Sequence[float]] | tuple[None, None]
@@ -186,6 +186,7 @@ def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
         raise DataError(f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors")
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         advice = "; try x.permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[3] in (1, 3) else ""
+        advice = "; put a data set into a DataLoader" if x.ndim == 3 else advice
         raise DataError(f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3{advice}")
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex():
         raise DataError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; allowed are {len(x)} whole numbers")
@@ -254,7 +255,8 @@ class _Loader:
         low, high = math.inf, -math.inf
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
-                raise DataError(f"a batch is a {type(batch).__name__}; allowed is (images, labels)")
+                got = f"a batch is a {type(batch).__name__}; allowed is (images, labels)"
+                raise DataError(f"{got}; give a DataLoader, or a pair of tensors")
             parts = checked(batch[0], batch[1], self.stats)
             x, y = (part.to(self.device, copy=True) for part in parts)  # a loader may fill the same tensors again
             if self.epoch == 0 and self.stats[0]:  # once is enough

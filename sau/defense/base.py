@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -85,15 +85,26 @@ class Defense(Method, ABC):
         """As large a share of the `images` as a published batch is of `published` ones, but at least 32."""
         return min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // published)))
 
-    def fitted(self, given: Set[str], model: nn.Module, images: int, per_epoch: int | None = None) -> "Defense":
-        """`adapted`, unless the user gave a setting that it changes, or batch size, a rate, schedule or optimiser: then
-        these settings stay. `given` are the names of what the user gave."""
-        ours = self.params()
-        if given & ours.keys() & {"batch_size", "lr", "min_lr", "lr_scheduler", "client_optimizer"}:
-            return self
-        adapted = self.adapted(model, images, per_epoch)
-        changed = {name for name, value in adapted.params().items() if value != ours[name]}
-        return self if given & changed else adapted
+    def fitted(
+        self, given: Set[str], model: nn.Module, images: int, say: Callable[[str], None], per_epoch: int | None = None
+    ) -> "Defense":
+        """`adapted`, or these settings where the user gave one that it changes, or a rate, schedule or optimiser; says
+        which it is. `given` are the names of what the user gave; a batch size stays, and the rest adapts to it."""
+        size = {"batch_size": self.batch_size} if "batch_size" in given else {}
+        if size:
+            per_epoch = per_epoch or count_batches(images, self.batch_size)
+        rates = given & {"lr", "min_lr", "lr_scheduler", "client_optimizer"}
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in rates}
+        plain = replace(self, **defaults)
+        adapted = replace(plain.adapted(model, images, per_epoch), **size)
+        changed = {name: value for name, value in adapted.params().items() if value != plain.params()[name]}
+        kept = {*defaults, *given & changed.keys()}
+        if changed:
+            to = f"to {images:,} images and this network"
+            new = ", ".join(f"{name} {value}" for name, value in changed.items())
+            said = f"note: no setting is adapted {to}, for you gave {', '.join(sorted(kept))}"
+            say(said if kept else f"adapted {to}: {new}")
+        return self if kept else adapted
 
     def plan(self, images: int, batches: Batched, right: float) -> str:
         """The line after the accuracy: how many images there are, and how long and how fast it trains; `right` is the
@@ -132,7 +143,7 @@ class Defense(Method, ABC):
             seed: of the clean images' order (a loader may have its own), augmentation and random numbers.
             session: output and checkpoints; default prints and keeps nothing. `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
-            settings: auto adapts published settings, unless given, to clean set and network (`adapted`); or as_given.
+            settings: auto adapts published settings, unless you give others, to clean set and network; or as_given.
 
         Raises ConfigError for a wrong seed, an oracle without a judge and what is no network or lacks layers that are
         needed, DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
@@ -157,7 +168,7 @@ class Defense(Method, ABC):
             attacked = checks.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
             given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-            method = self if settings == "as_given" else self.fitted(given, owned, images, per_epoch)
+            method = self if settings == "as_given" else self.fitted(given, owned, images, session.say, per_epoch)
             batches.size = method.batch_size
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches, right))
@@ -167,8 +178,10 @@ class Defense(Method, ABC):
                 twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
-            if attacked is not None and (verdict := checks.compare(attacked, owned, x, y, session.say)):
-                session.findings["verdict"] = verdict
+            if attacked is not None:
+                session.say("last, the smallest patches are searched, before and after")
+                if verdict := checks.compare(attacked, owned, x, y, session.say):
+                    session.findings["verdict"] = verdict
             if twice:
                 owned.net.set_grad_checkpointing(False)  # type: ignore[operator]
             return checks.restore(owned if owned is mine else owned.net, model, frozen)

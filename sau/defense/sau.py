@@ -163,9 +163,9 @@ class SAU(AdversarialTraining):
         """The inner problem, by sign steps: the perturbations e, and s, the answers of h_b on x + e.
 
         `clean` and `clean_ref` are the answers of h and h_b on x. With `stop_fooled` a network's cross-entropy counts
-        until it is fooled, JS until the image is shared; then it has no gradient and stays where it is. On the CPU the
-        batch is searched in chunks and shared images leave theirs, as many as keep its size whole buckets. Elsewhere
-        counting them would make the device wait, and compiled networks know few sizes.
+        until it is fooled, JS until the image is shared; then it has no gradient and stays where it is. So on the CPU,
+        which searches a batch in chunks, shared images leave theirs (`unsettled`). Elsewhere counting them would make
+        the device wait, and compiled networks know few sizes.
         """
         n, may_shrink = len(x), x.device.type == "cpu" and not getattr(reference, "compiled", False)
         base, base_ref = (clean, clean_ref) if self.success == "prediction" else (y, y)
@@ -187,7 +187,7 @@ class SAU(AdversarialTraining):
                 (gradient,) = torch.autograd.grad(loss / n, d)  # with respect to d alone: no weight gradients
                 delta[active] = ball.into(x[active], d.detach() - self.adv_lr * gradient.sign())
                 if may_shrink and self.stop_fooled:
-                    s[active] = answer_ref  # final where shared, else found anew below
+                    s[active] = answer_ref  # final for those that leave; found anew below for the others
                     active = active[unsettled(shared)]
                     if not len(active):
                         break
