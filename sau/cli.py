@@ -21,7 +21,7 @@ from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, run_command
-from sau.evaluate import Score, der, figures, proportions, reestimate_statistics, score, table, verdict
+from sau.evaluate import Score, conclusion, der, figures, proportions, reestimate_statistics, score, table
 from sau.files import release_all, safe_join, write
 from sau.loop import Limit, RunContext
 from sau.models import MODELS, build
@@ -186,7 +186,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
         scores["statistics_anew"] = {**score(again, test, None).summary(), "risk": risks(again).summary()}
     if not given.own:
         looks = method.data_use != "none"
-        record.log(verdict(before, after, not given.gate or given.gate["passed"], looks))
+        record.log(conclusion(before, after, not given.gate or given.gate["passed"], looks))
     logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 

@@ -14,8 +14,8 @@ from sau.data.images import Augment, Images
 from sau.errors import DataError, TrainingError, lacks_memory
 from sau.models.normalized import check_labels, classifier, eval_mode, forward_hooks, logits_of
 
-# In percent, for the words of `verdict`: at most this ASR is left of a backdoor that is gone, which costs no more ACC
-# than this, and at least this R-ACC is right again.
+# In percent, for the words of `conclusion`: at most this ASR is left of a backdoor that is gone, which costs no more
+# ACC than this, and at least this R-ACC is right again.
 GONE, COST, RIGHT = 10.0, 5.0, 70.0
 NORM_BATCH = 256  # images at a time for statistics of batch norm
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # images; the caches of a CPU do not hold the activations of more
@@ -220,7 +220,7 @@ def reestimate_statistics(model: nn.Module, images: Images, augment: Augment | N
     return bool(norms)
 
 
-def verdict(before: Score, after: Score, took: bool = True, images: bool = True) -> str:
+def conclusion(before: Score, after: Score, took: bool = True, images: bool = True) -> str:
     """What a defense did, in words: what became of ASR, ACC and R-ACC, and what to try next, a line each.
 
     Args:
@@ -236,7 +236,7 @@ def verdict(before: Score, after: Score, took: bool = True, images: bool = True)
         return f"There was no backdoor to remove.\n{cost}"
     asr, racc = _change(before.asr, after.asr), _change(before.racc, after.racc)
     if not took or before.asr.percent <= GONE:
-        first = f"No verdict on the backdoor, because the attack did not take: ASR {asr}"
+        first = f"The attack did not take, so nothing can be said of the backdoor: ASR {asr}"
         return f"{first}\n{cost}\nNext: an attack with a higher ASR, then this defense again."
     more, right = "more clean images (--ratio) or " if images else "", bool(after.racc and after.racc.percent >= RIGHT)
     if after.asr.percent > GONE:

@@ -9,7 +9,7 @@ from sau.attack import Blended
 from sau.config import at_most
 from sau.data.images import Images, to_float
 from sau.errors import DataError, TrainingError
-from sau.evaluate import Proportion, Score, der, predict, proportions, score, table, verdict
+from sau.evaluate import Proportion, Score, conclusion, der, predict, proportions, score, table
 from sau.loop import duration, short
 
 # Proportions
@@ -235,9 +235,9 @@ def test_triggered_images_of_the_target_class_are_refused_and_other_arrays_are_t
 ])  # fmt: skip
 def test_the_verdict_at_its_bounds(after, words):
     scores = [Score(*(Proportion(round(100 * v), 10_000) for v in values)) for values in ((100.0, 90.0, 5.0), after)]
-    found = verdict(*scores)
+    found = conclusion(*scores)
     assert len(found.splitlines()) == 4 and all(text in found for text in words), found
-    assert "--ratio" not in verdict(*scores, images=False)
-    assert verdict(*scores, took=False).startswith("No verdict on the backdoor")
-    assert verdict(scored(90, 10), scored(89, 0)).startswith("No verdict on the backdoor")
-    assert verdict(scored(90, None), scored(91, None)).startswith("There was no backdoor to remove.\nIt cost no")
+    assert "--ratio" not in conclusion(*scores, images=False)
+    assert conclusion(*scores, took=False).startswith("The attack did not take")
+    assert conclusion(scored(90, 10), scored(89, 0)).startswith("The attack did not take")
+    assert conclusion(scored(90, None), scored(91, None)).startswith("There was no backdoor to remove.\nIt cost no")

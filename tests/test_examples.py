@@ -15,7 +15,7 @@ from toys import REPOSITORY, environment
 from sau.compat import weights
 from sau.compat.weights import guess
 from sau.data.sources import SOURCES, load
-from sau.evaluate import Proportion, Score, der, score, verdict
+from sau.evaluate import Proportion, Score, conclusion, der, score
 from sau.loop import RunContext
 from sau.models import MODELS, build
 from sau.optim import Training
@@ -36,7 +36,7 @@ def commands(*more: str) -> list[list[str]]:
     return found
 
 
-WORDS = ("The backdoor ", "It cost ", "Triggered images ", "The trigger still ", "No verdict ")
+WORDS = ("The backdoor ", "It cost ", "Triggered images ", "The trigger still ", "The attack did ")
 
 
 def shape(line: str) -> str:
@@ -63,10 +63,10 @@ def scores(name: str) -> Score:
     return Score(*(Proportion(round(100 * float(value)), 10_000) for value in shown))
 
 
-def test_the_verdict_of_the_readme_follows_from_its_table():
+def test_the_conclusion_of_the_readme_follows_from_its_table():
     before, after = scores("before"), scores("after")
     said = [line for line in LINES if line.startswith(WORDS)]
-    assert said == [line for line in verdict(before, after).splitlines() if line.startswith(WORDS)]
+    assert said == [line for line in conclusion(before, after).splitlines() if line.startswith(WORDS)]
     assert said[0].startswith("The backdoor is gone: ")
     (row,) = (line for line in LINES if line.startswith("after "))
     assert float(row.split()[-1]) == pytest.approx(der(before, after), abs=0.011)
