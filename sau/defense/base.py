@@ -178,10 +178,8 @@ class Defense(Method, ABC):
                 twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
-            if attacked is not None:
-                session.say("last, the smallest patches are searched, before and after")
-                if verdict := checks.compare(attacked, owned, x, y, session.say):
-                    session.findings["verdict"] = verdict
+            if attacked is not None and (verdict := checks.compare(attacked, owned, x, y, session.say)):
+                session.findings["verdict"] = verdict
             if twice:
                 owned.net.set_grad_checkpointing(False)  # type: ignore[operator]
             return checks.restore(owned if owned is mine else owned.net, model, frozen)
