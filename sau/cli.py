@@ -149,7 +149,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     machine.set_threads(run.threads)
     model, clean, test = given.model.to(where), given.given.to(where), given.test.to(where)
     triggered = given.triggered and given.triggered.to(where)
-    method = method.fitted(asked.asked, model, len(clean), given.lines.append)
+    method = method.fitted(asked.replaced(), model, len(clean), given.lines.append)
 
     record, determined = Record(given.folder, started), identity(method, run, given.identity)
     facts = {"method": {"defense": name, **method.params()}, **given.facts, "notes": given.notes}

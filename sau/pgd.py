@@ -140,8 +140,8 @@ def length(e: Change, norm: Norm) -> PerImage:
 
 
 def unsettled(settled: Flags) -> Tensor:
-    """Places [M] of the images that are not settled, and of some that are, so that M is a multiple of 32: every new
-    batch size costs the convolutions a set-up."""
+    """Places [M] of the images that are not settled, and of some that are, so that M is a multiple of 32, or all:
+    every new batch size costs the convolutions a set-up."""
     size = -(-int((~settled).sum()) // BUCKET) * BUCKET
     return settled.to(torch.uint8).argsort(stable=True)[:size]
 

@@ -253,6 +253,7 @@ class Settings:
         if recipe in FAST and "epochs" not in layers:
             raise ConfigError(f"recipe is {recipe}, which {dataset} does not have; allowed is {FAST[recipe]}")
         layers |= overlaid(shipped(self.kind, self.method.name, self.known), FAST.get(recipe, recipe), dataset)
+        self.usual = values(layers, self.known)
         given = {name: each for file in self.files for name, each in overlaid(file, recipe, dataset).items()}
         given |= self.given
         for name in ("dataset", "model", "width", "num_classes"):
@@ -261,6 +262,10 @@ class Settings:
         self.asked |= given.keys()
         layers |= {name: Setting(value, f"record: {name}") for name, value in record.items()} | given
         return {**values(layers, self.known), "recipe": recipe, "dataset": dataset}
+
+    def replaced(self) -> dict[str, Any]:
+        """What the user gave, by name, with the values that would hold otherwise: shipped ones, or defaults."""
+        return {name: self.usual.get(name, self.known[name].default) for name in self.asked & self.known.keys()}
 
     def ignore(self, names: Iterable[str], reason: str) -> None:
         """Remember which of these flags, that are for another kind of command, the user gave."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole story on scikit-learn's digits in a few minutes: poison, train, purify, measure, draw, and a verdict in words.
+# The whole story on scikit-learn's digits in a few minutes: poison, train, purify, measure, draw, and a conclusion in words.
 # One thread, one precision and one recipe, so that everybody sees nearly the figures of the README.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 root="${1:-./record}"

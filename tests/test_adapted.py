@@ -1,6 +1,7 @@
 """Settings that follow from the clean set and the network, and the verdict at the end."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,11 +34,14 @@ def test_few_images_make_about_as_many_updates_as_published_ones(name: str, imag
     assert 32 <= fitting.batch_size <= method.batch_size
     if isinstance(method, SAU | AT):
         return
-    published = -(-2500 // method.batch_size)
-    now = len(Batches(torch.zeros(images, 1), (), fitting.batch_size))  # 100 images make 3, of 32, 32 and 36
-    for length in method.lengths:
-        updates = (20 if name == "sau-sam" else getattr(method, length)) * published
-        assert updates <= getattr(fitting, length) * now < updates + now, length
+    published, net, usual = -(-2500 // method.batch_size), PreActResNet18(10, 4), {"batch_size": method.batch_size}
+    given = [replace(method, batch_size=size).fitted(usual, net, images, print) for size in (32, 64)]
+    for each in (fitting, *given):
+        now = len(Batches(torch.zeros(images, 1), (), each.batch_size))  # 100 images make 3, of 32, 32 and 36
+        for length in method.lengths:
+            updates = (20 if name == "sau-sam" else getattr(method, length)) * published
+            assert updates <= getattr(each, length) * now < updates + now, length
+    assert [each.batch_size for each in given] == [32, 64]
     assert method.adapted(PreActResNet18(10, 4), 1900) == method
 
 
@@ -132,10 +136,11 @@ def test_what_the_user_gives_stands() -> None:
     assert searched == [True, False, True, True]
     assert first_line(FT()).startswith("1,000 updates at 0.01")
     said, few = list[str](), PreActResNet18(10, 4)
-    small = SAU(batch_size=64).fitted({"batch_size"}, few, 150, said.append)
+    small = SAU(batch_size=64).fitted({"batch_size": 256}, few, 150, said.append)
     assert (small.batch_size, small.epochs, small.patches) == (64, 84, 0.5) and "epochs 84, lr " in said[0]
-    assert SAU(lr=0.01).fitted({"lr"}, few, 150, said.append).patches == 0 and "for you gave lr" in said[1]
-    assert SAU(lr=0.01).fitted({"lr"}, few, 2500, said.append) == SAU(lr=0.01) and not said[2:]
+    for count in (150, 2500):  # the published count has nothing to adapt and to say
+        assert SAU(lr=0.01).fitted({"lr": 1e-4}, few, count, said.append) == SAU(lr=0.01)
+        assert said[1].endswith("for you gave lr") and len(said) == 2
 
 
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def test_triggered_images_of_the_target_class_are_refused_and_other_arrays_are_t
     ((100.0, 45.0, 70.0), ("weaker, but not gone: ", "R-ACC 5.00 -> 70.00 %")),
     ((100.0, 45.01, 50.0), ("still there: ", "ASR 90.00 -> 45.01 %", "chosen by the test set")),
 ])  # fmt: skip
-def test_the_verdict_at_its_bounds(after, words):
+def test_the_conclusion_at_its_bounds(after, words):
     scores = [Score(*(Proportion(round(100 * v), 10_000) for v in values)) for values in ((100.0, 90.0, 5.0), after)]
     found = conclusion(*scores)
     assert len(found.splitlines()) == 4 and all(text in found for text in words), found

@@ -22,7 +22,7 @@ from sau.types import Batched, Bytes, Pixels
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
 VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
-EMPTY = "the clean set is empty; give at least one labelled image (drop_last drops a batch that is not full)"
+EMPTY = "the clean set is empty; give at least one labelled image (drop_last leaves out a batch that is not full)"
 RngState = dict[str, Any]  # of torch's global generators
 # Mean and deviation that were undone: a number for each channel, or one for all; None: the images are in [0, 1].
 Statistics = tuple[Sequence[float], Sequence[float]] | tuple[None, None]
@@ -183,10 +183,11 @@ def clean_batches(data: Any, size: int, device: torch.device, stats: Statistics,
 def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
     """Pixels as uint8 or as float in [0, 1] (normalisation undone) and labels as int64; DataError if they cannot be."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise DataError(f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors")
+        got = f"a batch of ({type(x).__name__}, {type(y).__name__}); allowed is a pair of tensors"
+        raise DataError(f"{got}, as a DataLoader makes of a data set")
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         advice = "; try x.permute(0, 3, 1, 2)" if x.ndim == 4 and x.shape[3] in (1, 3) else ""
-        advice = "; put a data set into a DataLoader" if x.ndim == 3 else advice
+        advice = "; try x.unsqueeze(1)" if x.ndim == 3 and x.shape[0] not in (1, 3) else advice
         raise DataError(f"pixels of shape {tuple(x.shape)}, allowed is [B, C, H, W] with C 1 or 3{advice}")
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex():
         raise DataError(f"labels of shape {tuple(y.shape)} and type {y.dtype}; allowed are {len(x)} whole numbers")
@@ -256,7 +257,7 @@ class _Loader:
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 got = f"a batch is a {type(batch).__name__}; allowed is (images, labels)"
-                raise DataError(f"{got}; give a DataLoader, or a pair of tensors")
+                raise DataError(f"{got}, from a loader, or two tensors instead of one")
             parts = checked(batch[0], batch[1], self.stats)
             x, y = (part.to(self.device, copy=True) for part in parts)  # a loader may fill the same tensors again
             if self.epoch == 0 and self.stats[0]:  # once is enough

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -86,25 +86,27 @@ class Defense(Method, ABC):
         return min(self.batch_size, max(SMALLEST_BATCH, -(-images * self.batch_size // published)))
 
     def fitted(
-        self, given: Set[str], model: nn.Module, images: int, say: Callable[[str], None], per_epoch: int | None = None
-    ) -> "Defense":
+        self, given: Mapping[str, Any], model: nn.Module, images: int, say: Callable[[str], None],
+        per_epoch: int | None = None,
+    ) -> "Defense":  # fmt: skip
         """`adapted`, or these settings where the user gave one that it changes, or a rate, schedule or optimiser; says
-        which it is. `given` are the names of what the user gave; a batch size stays, and the rest adapts to it."""
-        size = {"batch_size": self.batch_size} if "batch_size" in given else {}
-        if size:
-            per_epoch = per_epoch or count_batches(images, self.batch_size)
-        rates = given & {"lr", "min_lr", "lr_scheduler", "client_optimizer"}
-        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in rates}
-        plain = replace(self, **defaults)
-        adapted = replace(plain.adapted(model, images, per_epoch), **size)
+        which it is. A batch size that the user gave stays, and the rest adapts to it. `given` are the settings that the
+        user gave, by name, with the values that they would have otherwise."""
+        sized, rates = "batch_size" in given, given.keys() & {"lr", "min_lr", "lr_scheduler", "client_optimizer"}
+        usual = {name: given[name] for name in self.params().keys() & {*rates, "batch_size"} & given.keys()}
+        plain = replace(self, **usual)
+        batches = per_epoch or (count_batches(images, self.batch_size) if sized else None)
+        adapted = plain.adapted(model, images, batches)
         changed = {name: value for name, value in adapted.params().items() if value != plain.params()[name]}
-        kept = {*defaults, *given & changed.keys()}
+        if batches:  # the batches are not ours
+            changed.pop("batch_size", None)
+        kept = given.keys() & (changed.keys() | usual.keys() - {"batch_size"})
         if changed:
             to = f"to {images:,} images and this network"
             new = ", ".join(f"{name} {value}" for name, value in changed.items())
             said = f"note: no setting is adapted {to}, for you gave {', '.join(sorted(kept))}"
             say(said if kept else f"adapted {to}: {new}")
-        return self if kept else adapted
+        return self if kept else replace(adapted, batch_size=self.batch_size) if sized else adapted
 
     def plan(self, images: int, batches: Batched, right: float) -> str:
         """The line after the accuracy: how many images there are, and how long and how fast it trains; `right` is the
@@ -143,7 +145,8 @@ class Defense(Method, ABC):
             seed: of the clean images' order (a loader may have its own), augmentation and random numbers.
             session: output and checkpoints; default prints and keeps nothing. `select="oracle"` asks its `judge`.
             progress: print a line an epoch, with a bar in terminals and notebooks; False prints only warnings.
-            settings: auto adapts published settings, unless you give others, to clean set and network; or as_given.
+            settings: auto adapts published settings to clean set and network, and says so, unless you give one that
+                would change (but the batch size), or a rate, schedule or optimiser; or as_given.
 
         Raises ConfigError for a wrong seed, an oracle without a judge and what is no network or lacks layers that are
         needed, DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
@@ -167,7 +170,7 @@ class Defense(Method, ABC):
                 right, images = checks.check_before(self, owned, batches, session)
             attacked = checks.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
-            given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+            given = {one.name: one.default for one in fields(self) if getattr(self, one.name) != one.default}
             method = self if settings == "as_given" else self.fitted(given, owned, images, session.say, per_epoch)
             batches.size = method.batch_size
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None

@@ -205,7 +205,7 @@ def compare(
     too little changed to have removed a backdoor. Nothing, with a warning, where memory ran out.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
-    say("last, the smallest patches are searched, before and after")  # a minute or two on a CPU
+    say("last, the smallest patches are searched, of the network before and after")  # a minute or two on a CPU
     try:
         with seeded(1):
             classes, (masks, patterns), sizes = patch_of_each_class(attacked, x[:FEW], y[:FEW])
