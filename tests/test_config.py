@@ -149,8 +149,9 @@ def test_the_benchmarks_own_files_do_here_what_they_do_there(name, tmp_path):
     assert run.amp == plain[0].amp and found.lr_scheduler == plain[2].lr_scheduler
     for key in {*method.unread} & {line.split(":")[0] for line in text.splitlines()}:
         assert "BackdoorBench does not read" in request.ignored[key]
-    if name == "nad":  # in a file of the user's own they act
-        assert settled(text)[1][2].epochs == 100
+    if name == "nad":  # in a file of the user's own they act, instead of the recipe's
+        request, (_, _, found) = settled(text)
+        assert found.epochs == 100 and request.replaced()["epochs"] == 20
 
 
 @pytest.mark.parametrize("flag", ["--C_lr_scheduler", "--lr_scheduler"])
