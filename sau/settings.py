@@ -260,8 +260,8 @@ class Settings:
             if record.get(name) is not None and name in given and str(given[name].value) != str(record[name]):
                 raise ConfigError(f"{given[name]}, but the record has {record[name]!r}; leave it out")
         self.asked |= given.keys()
-        layers |= {name: Setting(value, f"record: {name}") for name, value in record.items()} | given
-        return {**values(layers, self.known), "recipe": recipe, "dataset": dataset}
+        over = {name: Setting(value, f"record: {name}") for name, value in record.items()} | given
+        return {**self.usual, **values(over, self.known), "recipe": recipe, "dataset": dataset}
 
     def replaced(self) -> dict[str, Any]:
         """What the user gave, by name, with the values that would hold otherwise: shipped ones, or defaults."""

@@ -140,7 +140,7 @@ def test_what_the_user_gives_stands() -> None:
     assert (small.batch_size, small.epochs, small.patches) == (64, 84, 0.5) and "epochs 84, lr " in said[0]
     for count in (150, 2500):  # the published count has nothing to adapt and to say
         assert SAU(lr=0.01).fitted({"lr": 1e-4}, few, count, said.append) == SAU(lr=0.01)
-        assert said[1].endswith("for you gave lr") and len(said) == 2
+        assert said[1].endswith("because you gave lr") and len(said) == 2
 
 
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:

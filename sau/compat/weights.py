@@ -25,7 +25,7 @@ from sau.run import OwnRun
 SAFE = "safetensors"
 _CLASSES = ("classes", "class_names", "class_to_idx", "idx_to_class", "id2label", "label2id")
 _WIDEST = 1024  # width of a network that is looked for
-_FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used
+_FIRST = ("resnet", "vgg", "densenet", "mobilenet", "wide", "googlenet", "vit", "efficientnet")  # most used, in order
 
 
 @dataclass(frozen=True, eq=False)

@@ -257,7 +257,7 @@ class _Loader:
         for batch in self.loader:
             if not isinstance(batch, tuple | list) or len(batch) < 2:
                 got = f"a batch is a {type(batch).__name__}; allowed is (images, labels)"
-                raise DataError(f"{got}, from a loader, or two tensors instead of one")
+                raise DataError(f"{got}; give a loader of such batches, or a pair of tensors")
             parts = checked(batch[0], batch[1], self.stats)
             x, y = (part.to(self.device, copy=True) for part in parts)  # a loader may fill the same tensors again
             if self.epoch == 0 and self.stats[0]:  # once is enough

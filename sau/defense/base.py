@@ -92,21 +92,21 @@ class Defense(Method, ABC):
         """`adapted`, or these settings where the user gave one that it changes, or a rate, schedule or optimiser; says
         which it is. A batch size that the user gave stays, and the rest adapts to it. `given` are the settings that the
         user gave, by name, with the values that they would have otherwise."""
-        sized, rates = "batch_size" in given, given.keys() & {"lr", "min_lr", "lr_scheduler", "client_optimizer"}
-        usual = {name: given[name] for name in self.params().keys() & {*rates, "batch_size"} & given.keys()}
-        plain = replace(self, **usual)
+        rates, sized = {"lr", "min_lr", "lr_scheduler", "client_optimizer"}, "batch_size" in given
+        plain = replace(self, **{name: given[name] for name in given.keys() & {*rates, "batch_size"}})
         batches = per_epoch or (count_batches(images, self.batch_size) if sized else None)
-        adapted = plain.adapted(model, images, batches)
-        changed = {name: value for name, value in adapted.params().items() if value != plain.params()[name]}
-        if batches:  # the batches are not ours
+        adapted, before = plain.adapted(model, images, batches), plain.params()
+        changed = {name: value for name, value in adapted.params().items() if value != before[name]}
+        if batches:  # the user's
             changed.pop("batch_size", None)
-        kept = given.keys() & (changed.keys() | usual.keys() - {"batch_size"})
-        if changed:
-            to = f"to {images:,} images and this network"
-            new = ", ".join(f"{name} {value}" for name, value in changed.items())
-            said = f"note: no setting is adapted {to}, for you gave {', '.join(sorted(kept))}"
-            say(said if kept else f"adapted {to}: {new}")
-        return self if kept else replace(adapted, batch_size=self.batch_size) if sized else adapted
+        kept, to = given.keys() & {*rates, *changed}, f"to {images:,} images and this network"
+        if changed and kept:
+            say(f"note: no setting is adapted {to}, because you gave {', '.join(sorted(kept))}")
+        elif changed:
+            say(f"adapted {to}: {', '.join(f'{name} {value}' for name, value in changed.items())}")
+        if kept:
+            return self
+        return replace(adapted, batch_size=self.batch_size) if sized else adapted
 
     def plan(self, images: int, batches: Batched, right: float) -> str:
         """The line after the accuracy: how many images there are, and how long and how fast it trains; `right` is the
