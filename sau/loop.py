@@ -136,7 +136,7 @@ def run(
 
     Args:
         step: (x, y) -> what to report, on the device: floats are averaged over images, integers summed.
-        batches: iterable of (x, y, ...) with a length; `set_epoch` is called where it exists.
+        batches: iterable of (x, y, ...) with a length; `epoch`, where it has one, is set before each epoch.
         epochs: how many times to go through `batches`.
         state: objects that change; those with `state_dict` are kept in checkpoints.
         end_epoch: called with the mean losses before the checkpoint that closes an epoch; True ends the run with it.
@@ -150,8 +150,8 @@ def run(
     progress.resume()
     while (epoch := progress.place.epoch) < epochs:
         started = time.monotonic()
-        if hasattr(batches, "set_epoch"):
-            batches.set_epoch(epoch)
+        if hasattr(batches, "epoch"):
+            batches.epoch = epoch
         if not progress.one_epoch(step, batches):
             return
         losses = progress.place.means(rate)

@@ -10,7 +10,7 @@ from toys import quiet, tiny_net, toy_images
 
 from sau.attack import BPP, DFBA, LC, LF, SIG, SSBA, Attack, BadNet, Blended, InputAware, Prototype, WaNet
 from sau.attack.adaptive import AdapBlend, AdapPatch
-from sau.attack.dfba import HiddenPath
+from sau.attack.triggers import TensorTrigger
 from sau.data.images import Images
 from sau.loop import RunContext
 from sau.models.triggers import Encoder, FixedCodeEncoder
@@ -55,7 +55,7 @@ ROWS = {
     "adap_blend": Row(AdapBlend(), {"pratio": 0.1, "cover_rate": 0.1}),
     "adap_patch": Row(AdapPatch(), {"pratio": 0.1, "cover_rate": 0.1}),
     "lc": Row(LC(lc_steps=5).with_trigger(tiny_net().eval().requires_grad_(False)), {"pratio": 0.2, "lc_steps": 5}),
-    "dfba": Row(DFBA().with_trigger(HiddenPath(torch.eye(3).repeat(3, 1, 1), tiny_net())), None),
+    "dfba": Row(DFBA().with_trigger(TensorTrigger(torch.eye(3).repeat(3, 1, 1), None, tiny_net().state_dict())), None),
 }
 
 

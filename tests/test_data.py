@@ -142,7 +142,7 @@ def test_other_loaders_keep_their_batches():
 def test_the_order_follows_from_seed_and_epoch_alone():
     def at(seed: int, epoch: int) -> list[int]:
         batches = numbered(50, 8, seed=seed)
-        batches.set_epoch(epoch)
+        batches.epoch = epoch
         torch.rand(seed + epoch + 1)  # whatever was drawn elsewhere
         return order(batches)
 

@@ -169,7 +169,7 @@ def test_a_deadline_leaves_the_very_place(kind, reached, monkeypatch):
 
 
 class Plain:
-    """Batches without `set_epoch`."""
+    """Batches without `epoch`."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
         self.sizes = list(sizes)

@@ -273,7 +273,7 @@ class Attack(Method, ABC):
             model.train()
             self.train(model, batches, recipe, data, session)
             if clean is not None and not (session.limit and session.limit.ended):
-                batches.set_epoch(recipe.epochs)
+                batches.epoch = recipe.epochs
                 seen = (self.compose({**data, "model": model}, x, y) for x, y, *_ in batches)
                 again = clean.batches(recipe.batch_size, seed=seed, augment=augment)
                 state = clean_state(model, seen, recipe, len(again), session) | data

@@ -32,14 +32,6 @@ STRIDE = 8  # between the places of the first layer that the last stage sees
 IMAGES = 1000  # clean ones, on which the filters are compared
 
 
-class HiddenPath(TensorTrigger):
-    """T; the `weights` of the network that answers to it are not part of the trigger."""
-
-    def __init__(self, patch: Tensor, network: nn.Module) -> None:
-        super().__init__(patch)
-        self.weights = network.state_dict()
-
-
 class DFBA(Unpoisoned):
     """Train a clean network, then change a few of its weights."""
 
@@ -65,7 +57,7 @@ class DFBA(Unpoisoned):
             return proportions(network, some.pixels, some.labels)[0].percent
 
         best = max(range(len(network.get_parameter("net.conv1.weight"))), key=accuracy)
-        return HiddenPath(self.cut_path(network, clean, best), network)
+        return TensorTrigger(self.cut_path(network, clean, best), weights=network.state_dict())
 
     @torch.no_grad()
     def cut_path(self, network: Normalized, clean: dict[str, Tensor], channel: int) -> Tensor:

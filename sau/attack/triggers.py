@@ -36,11 +36,12 @@ class TriggerContext:
 
 
 class TensorTrigger(nn.Module):
-    """A trigger that is one tensor: an image [C, H, W], a change of images, or what a warp is drawn from."""
+    """A trigger that is one tensor: an image [C, H, W], a change of images, or what a warp is drawn from. `weights` are
+    those of a network that answers to it, and no part of it."""
 
-    def __init__(self, values: Tensor, figures: Mapping[str, float] | None = None) -> None:
+    def __init__(self, values: Tensor, figures: Mapping[str, float] | None = None, weights: Any = None) -> None:
         super().__init__()
-        self.figures = figures or {}
+        self.figures, self.weights = figures or {}, weights
         self.values: Tensor = nn.Buffer(values)
 
     def for_shape(self, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from sau.compat import pretrained, torch_file, weights
 from sau.compat.weights import Guess, Weights, guess, short_names
@@ -45,7 +44,12 @@ def inspect(path: Path, to: Path | None = None) -> Report:
     except (RecordError, ConfigError, OSError) as error:
         return {**report, "verdict": f"unreadable: {error}"}
     if to is not None:
-        write(to, _packed(found.below(report["network"]["prefix"] if report["network"] else "")))
+        tensors = on_cpu(found.below(report["network"]["prefix"] if report["network"] else ""))
+        try:
+            content = safetensors.torch.save(tensors)
+        except Exception as error:  # of a type or name that it lacks
+            raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
+        write(to, content)
     return {**report, "status": HARMLESS}
 
 
@@ -75,14 +79,6 @@ def _described(found: Weights, folder: Path | None) -> Report:
         verdict += f"; {broken} of them hold NaN"
     facts: Report = {"tensors": tensors, "network": known and known._asdict(), "images": images}
     return {**facts, "classes": found.classes, "verdict": verdict}
-
-
-def _packed(tensors: dict[str, Tensor]) -> bytes:
-    """Tensors as safetensors; RecordError if safetensors cannot hold them."""
-    try:
-        return safetensors.torch.save(on_cpu(tensors))
-    except Exception as error:  # of a type or name that it lacks
-        raise RecordError(f"safetensors cannot hold it ({printable(str(error))[:100]})") from None
 
 
 def text(report: Report) -> str:

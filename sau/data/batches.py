@@ -138,14 +138,10 @@ class Batches:
     seed: int | None = None
     augment: Augment | None = None
     drop_last: bool = False
-    epoch: int = 0
+    epoch: int = 0  # that the next iteration walks through
 
     def __post_init__(self) -> None:
         self.drop_last = self.drop_last and len(self.pixels) >= self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration walks through."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.pixels) // self.size if self.drop_last else count_batches(len(self.pixels), self.size)
@@ -233,9 +229,6 @@ class _Loader:
         sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
         if isinstance(sampler, Sized) and size and not getattr(loader, "drop_last", True):
             self.length = count_batches(len(sampler), size)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length

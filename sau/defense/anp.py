@@ -102,17 +102,13 @@ class RandomBatches:
 
     def __init__(self, x: Pixels, y: Labels, size: int, total: int, augment: Augment | None) -> None:
         self.x, self.y, self.size, self.total, self.augment = x, y, size, total, augment
-        self.chunks = math.ceil(total / CHUNK)
-        self.set_epoch(0)
-
-    def set_epoch(self, chunk: int) -> None:
-        self.length = min(CHUNK, self.total - chunk * CHUNK)
+        self.chunks, self.epoch = math.ceil(total / CHUNK), 0
 
     def __len__(self) -> int:
-        return self.length
+        return min(CHUNK, self.total - self.epoch * CHUNK)
 
     def __iter__(self) -> Iterator[tuple[Pixels, Labels]]:
-        for _ in range(self.length):
+        for _ in range(len(self)):
             index = to_device_async(torch.randint(len(self.x), (self.size,)), self.x.device)
             x = self.x[index]
             yield (self.augment(x, torch.default_generator) if self.augment else x), self.y[index]

@@ -74,7 +74,7 @@ def endless(images: Images, size: int, seed: int) -> Iterator[tuple[Tensor, Tens
     require("batch_size", size, size <= len(images), f"up to {len(images)}, the number of images")
     batches, epoch = images.batches(size, seed=seed, drop_last=True), 0
     while True:
-        batches.set_epoch(epoch)
+        batches.epoch = epoch
         yield from ((x, y) for x, y, _ in batches)
         epoch += 1
 
