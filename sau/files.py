@@ -44,8 +44,7 @@ def existing(root: str | Path, target: str) -> Path:
 
 
 def read(path: Path, most: int = SMALL) -> bytes:
-    """The content of an untrusted file; OSError if it is not a regular file, as a FIFO could block for ever, or has
-    more than `most` bytes."""
+    """An untrusted file's content; OSError if it is not regular (a FIFO could block) or has more than `most` bytes."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):

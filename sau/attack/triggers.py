@@ -72,8 +72,7 @@ def cached_trigger(
     """What `build` returns, on the CPU; from the cache if it was made before. An interrupted training resumes.
 
     `identity` is what determines the result, as JSON has it, beside the images and the kind of their device, the number
-    of threads, on which rounding depends, and the version of the library. `build` is called with the session to train
-    with.
+    of threads, on which rounding depends, and the version of the library. `build` takes the session to train with.
     """
     images, session = context.images, context.session
     data = {"data": fingerprint(images), "device": images.pixels.device.type}

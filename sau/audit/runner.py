@@ -120,7 +120,12 @@ def open_case(
             raise RecordError(f"{folder} purified another attack than the one that is there now; run the defense again")
         networks[marked(name, record.summary().get("selection"))] = model
     if control is not None:
-        networks[CONTROL] = load_clean(control, train)
+        found = attack_result.load(control)
+        if found.triggered is not None or found.poisoned is not None:
+            raise RecordError(f"{control} holds an attacked network; name a record of attack/prototype.py")
+        if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(train):
+            raise RecordError(f"{control} was trained on other {found.dataset} images; name a record of this data set")
+        networks[CONTROL] = found.model()
         if not measure.connected(networks[NONE], networks[CONTROL]):
             raise RecordError(f"{control} holds another network than {place}; train the control like that one")
     for model in networks.values():
@@ -133,16 +138,6 @@ def open_case(
     about = {"dataset": attacked.dataset, **about, **(attacked.settings or {})}
     images = train.to(there), _poisons(attacked, train).to(there), clean.to(there), triggered.to(there)
     return Case(attacked.path.name, networks, *images, source(attacked.dataset).augment, tuple(notes), about)
-
-
-def load_clean(path: Path, images: Images) -> Normalized:
-    """The network of a finished record; RecordError unless it is clean and was trained on these images."""
-    found = attack_result.load(path)
-    if found.triggered is not None or found.poisoned is not None:
-        raise RecordError(f"{path} holds an attacked network; name a record of attack/prototype.py")
-    if found.fingerprints is not None and found.fingerprints["train"] != fingerprint(images):
-        raise RecordError(f"{path} was trained on other {found.dataset} images; name a record of this data set")
-    return found.model().requires_grad_(False)
 
 
 def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:

@@ -8,11 +8,10 @@ With h the network being purified (softmax p), h_b the backdoored one, a ball S 
     outer   min_w  max_{e_w in N(w)}  L(w + e_w),     N(w) = { e_w : | e_w / |w| |_2 <= rho }
 
 The outer problem is adaptive sharpness-aware minimisation: w moves along grad L(w + e_w). The loss of shared examples
-has its gradient as released (`unsharing_loss`). The y of the clean loss is
-smoothed; `distill` replaces a share of it by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015). In L, h
-is in train mode. The running statistics of batch norm are those of the clean images alone; the perturbed images are
-normalised by the statistics of their own batch. First h loses what no clean image opens (`cut_closed`): no gradient
-would reach it.
+has its gradient as released (`unsharing_loss`). The y of the clean loss is smoothed; `distill` replaces a share of it
+by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015). In L, h is in train mode. The running statistics of batch norm are
+those of the clean images alone; perturbed images are normalised by the statistics of their own batch. First h loses
+what no clean image opens (`cut_closed`): no gradient would reach it.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
 trigger.

@@ -95,8 +95,7 @@ def run_cell(
 
 class Local:
     """This machine: as many cells at once, each of `needs_gb` GiB and the most threads, as its cores, its memory (GiB;
-    None means nine tenths) and its GPUs hold. `how` has root, cache and timeout of `run_cell`. ConfigError if none has
-    room."""
+    None: nine tenths) and its GPUs hold. `how` has root, cache, timeout of `run_cell`. ConfigError without room."""
 
     def __init__(
         self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None, memory_gb: float | None
@@ -178,8 +177,7 @@ class RayEngine:
     def submit(self, cell: Cell) -> Future[Outcome]:
         needs = {"num_cpus": cell.threads, "num_gpus": cell.gpus, "memory": self.memory}
         task = self.task.options(**needs, max_retries=0, name=cell.label).remote(cell, **self.how)
-        future: Future[Outcome] = task.future()
-        return future
+        return task.future()
 
     def stop(self) -> None:
         """Leave the cluster, which ends the workers of this process; their cells stop when their input ends."""

@@ -81,8 +81,7 @@ def unwrapped(name: str, num_classes: int, width: int | None = None) -> nn.Modul
     from torchvision import models
 
     extra = {"aux_logits": False, "init_weights": True} if name in _AUXILIARY else {}
-    net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
-    return net
+    return models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
 def build(
@@ -93,8 +92,7 @@ def build(
 
     `name` is one of `MODELS`, whose first stage has `width` channels (None: as published), or a classifier of
     torchvision or timm, like vgg19_bn and timm:vit_tiny_patch16_224. One that does not take images of `shape` (C, H, W)
-    has them enlarged to 224x224 first, and its state-dict keys begin with `1.`. mean, std and amp are those of
-    `Normalized`.
+    has them enlarged to 224x224 first, and its state-dict keys begin with `1.`. See `Normalized` for mean, std, amp.
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """

@@ -62,8 +62,7 @@ class Record:
 
         `identity` is what determines the result: once there is a checkpoint, only the same run resumes. `overwrite`
         discards what is there. Raises Finished if the same run has ended here, LockedError if another process uses the
-        folder, RecordError if the run may neither start nor resume, ConfigError if the same run began in another
-        precision than `amp` asks for."""
+        folder, RecordError if the run may neither start nor resume, ConfigError if it began in another precision."""
         acquire(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise RecordError(f"{self.path} is a file; choose another name with --save_folder_name")
@@ -218,8 +217,7 @@ class Record:
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
     """A dictionary as JSON and YAML hold it: tuples become lists, bytes of a path that are not text become `?`."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-    return plain
+    return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 def digest(identity: dict[str, Any]) -> str:
