@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story on scikit-learn's digits in a few minutes: poison, train, purify, measure, draw, and a conclusion in words.
-# One precision, one recipe and at most four threads: everybody sees nearly the figures of the README.
+# One precision, one recipe and at most four threads, so that everybody sees nearly the figures of the README.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import joblib; print(min(4, joblib.cpu_count()))')}"
 root="${1:-./record}"
