@@ -135,7 +135,7 @@ def last_features(model: nn.Module, pixels: Tensor, batch_size: int | None = Non
     return torch.cat(kept)
 
 
-def score(model: nn.Module, clean: Images | Sequence[Any], triggered: Images | Sequence[Any] | None) -> Score:
+def score(model: nn.Module, clean: Images | Sequence[Any], triggered: Images | Sequence[Any] | None = None) -> Score:
     """ACC on the clean test set, ASR and R-ACC from one pass over the triggered one.
 
     Args:

@@ -222,7 +222,7 @@ def test_triggered_images_of_the_target_class_are_refused_and_other_arrays_are_t
     for wrong in (((FLOATS, IMAGES.labels, IMAGES.labels), None), (IMAGES, (FLOATS, IMAGES.labels))):
         with refuses(DataError, "a tuple; allowed are Images or"):
             score(net, *wrong)
-    assert score(net, arrays, None) == score(net, Images.clean(*arrays, 4), None) == score(net, IMAGES, None)
+    assert score(net, arrays) == score(net, Images.clean(*arrays, 4), None) == score(net, IMAGES, None)
 
 
 @pytest.mark.parametrize(("after", "words"), [
