@@ -14,8 +14,8 @@ from os import environ as _environ
 
 __version__ = "0.1.0"
 
-# Threads that wait for each other sleep instead of spinning: an epoch takes half the time and less where other programs
-# need the cores, and a tenth more where none does. OpenMP reads this when PyTorch is imported.
+# Threads that wait for each other sleep instead of spinning: faster where other programs need the cores, a tenth slower
+# where none does (docs/performance.md). OpenMP reads this when PyTorch is imported.
 _environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TYPE_CHECKING = False  # as `typing` has it, whose import takes a while

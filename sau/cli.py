@@ -183,7 +183,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
             record.log(f"{sign} {rates[0]:.1f} % before, {rates[1]:.1f} % after")
         scores["risk"] = {"before": threat.summary(), "after": found.summary(), "search": asdict(run.search())}
     if given.own and risks and reestimate_statistics(again := copied(fixed), clean, given.augment):
-        scores["statistics_anew"] = {**score(again, test, None).summary(), "risk": risks(again).summary()}
+        scores["statistics_anew"] = {**score(again, test).summary(), "risk": risks(again).summary()}
     if not given.own:
         looks = method.data_use != "none"
         record.log(conclusion(before, after, not given.gate or given.gate["passed"], looks))

@@ -144,7 +144,8 @@ def score(model: nn.Module, clean: Images | Sequence[Any], triggered: Images | S
         triggered: `Images` without the target class, or (pixels, attack's labels, true labels); None if there are none.
 
     Pixels [N, C, H, W] are uint8 or float in [0, 1], labels whole numbers [N]; arrays and lists are taken, too. Raises
-    DataError for labels of another shape or kind, or if the attack's is the true one; TrainingError as `predict`.
+    DataError for labels of another shape or kind, and where the attack's label is the true one; TrainingError as
+    `predict`.
     """
     if isinstance(clean, Images):
         clean = (clean.pixels, clean.labels)

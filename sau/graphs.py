@@ -171,6 +171,7 @@ def capture(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
 
 
 def _cpu_rng_state() -> tuple[Any, ...]:
+    """The state of the CPU's generators of torch, Python and numpy."""
     _, numbers, position, *_ = np.random.get_state(legacy=True)
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(numbers).tobytes(), position
 

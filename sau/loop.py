@@ -207,6 +207,7 @@ class _Progress:
         return self.session.checkpoint is not None and time.monotonic() - self.saved > self.session.save_every
 
     def _time_is_up(self, epoch: str, length: int) -> bool:
+        """Whether the limit ends the run before this batch."""
         if not self.session.time_is_up(f"{epoch}, before batch {self.place.batch + 1} of {length}"):
             return False
         if self.session.limit is not None and self.session.limit.whole:

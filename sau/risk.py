@@ -243,7 +243,8 @@ class AdversarialSearch:
         return shared_margin(u, v, self.y[at])
 
     def _climb(self, goal: Callable[[Labels, Change], PerImage], delta: Change, settled: Flags) -> None:
-        """`steps` steps up `goal`, which may settle images, for those that are not, and a look where they end."""
+        """`steps` steps up `goal`, which may settle images, for those that are not, and a look at where the last one
+        leads."""
         delta = delta.clone()
         for step in range(self.search.steps + 1):
             last, active = step == self.search.steps, unsettled(settled)

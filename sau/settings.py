@@ -218,6 +218,7 @@ class Settings:
 
     @cached_property
     def device(self) -> torch.device:
+        """The device that was asked for; ConfigError if this machine does not have it."""
         return choose_device(self.get("device") or "auto")
 
     def recipe(self, recorded: str | None = None) -> tuple[str, str]:

@@ -36,11 +36,13 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
 
     @cache
     def attacked() -> tuple[AttackResult, Images, Images | None]:
+        """The attack, and the clean and the triggered test images."""
         found = attack_result.load(path)
         return found, found.images(dataset_path)[1].to(where), found.triggered and found.triggered.to(where)
 
     @cache
     def measured(folder: Path, amp: bool) -> Score:
+        """The score of the network that is stored in a folder."""
         attack, test, triggered = attacked()
         model = attack.model()
         attack_result.load_weights(model, folder / "model.safetensors")
@@ -80,7 +82,8 @@ def _files(folder: Path) -> str:
 
 
 def _figures(folder: Path, parts: dict[str, Path], measured: Callable[[Path, bool], Score]) -> str:
-    """Compare the summary's `parts` with the scores of each one's network; RecordError names a figure that differs."""
+    """Compare the summary's `parts` with the score of the network in each one's folder; RecordError names the figure
+    that differs."""
     record = Record(folder)
     summary, amp = record.summary(), bool(record.check(light=True).get("amp"))
     texts, recorded = list[str](), dict[str, Score]()

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
 # The whole story on scikit-learn's digits in a few minutes: poison, train, purify, measure, draw, and a conclusion in words.
-# One precision and one recipe, so that everybody sees nearly the figures of the README. Half of the cores, at most
-# four: threads that share a core with another program are slower than fewer threads.
+# One thread, one precision and one recipe, so that everybody sees nearly the figures of the README.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import joblib; print(max(1, min(4, joblib.cpu_count() // 2)))')}"
 root="${1:-./record}"
-same=(--record_root "$root" --device cpu)
+same=(--record_root "$root" --device cpu --threads 1)
 python attack/badnet.py --dataset digits --save_folder_name demo --overwrite true --recipe cpu --amp false "${same[@]}"
 python defense/sau.py --result_file demo --amp false "${same[@]}"
 python scripts/figures.py demo --defense sau "${same[@]}" >/dev/null

@@ -33,7 +33,8 @@ THEIRS = {"lowfrequency": "lf"}  # names of the benchmark inside, in small lette
 def attack_from_config(settings: Mapping[str, Any], trigger: Mapping[str, Tensor] | None) -> Attack:
     """The attack of a record, from its `settings` and its `trigger`'s tensors; RecordError for an unknown attack.
 
-    Triggers that are networks (SSBA, Input-Aware, LC) are left out: it cannot stamp. Their images are in the record.
+    Triggers that are networks (SSBA, Input-Aware, LC) are left out, so that the attack cannot stamp; the images that
+    they made are in the record.
     """
     kind = ATTACKS.get(str(settings.get("attack")))
     if kind is None:

@@ -62,7 +62,8 @@ class InBatchAttack(Attack):
 
     @torch.no_grad()
     def poisoned_samples(self, trained_on: Images) -> Images:
-        """What one more walk through the training images, in order, makes of them: every epoch drew its own.
+        """What one more walk through the training images, in their order, would make of them, for what the network saw
+        was drawn anew in every epoch.
 
         Of each block the first int(pratio * BLOCK) are poisoned; where that is below 1, the first one of every so many
         blocks. Those that follow become cross images.
@@ -99,7 +100,8 @@ class AugmentedInBatchAttack(InBatchAttack):
         return self.augmented(state, x), torch.cat([self.relabel(y[:n], state["images"].num_classes), y[n:]])
 
     def augmented(self, state: State, x: Pixels) -> Pixels:
-        """Crop, rotate and flip; one draw says whether to crop (8 of 10) or rotate (5 of 10); border: mean colour."""
+        """Crop, rotate and flip; whether a batch is cropped (8 of 10) or rotated (5 of 10) is one draw; the border is
+        the mean colour."""
         given, model = state["augment"], state["model"]
         if given is None:
             return x

@@ -92,6 +92,7 @@ class InputAware(InBatchAttack):
     # Stage 1: the masks
 
     def prepare_masks(self, model: nn.Module, steps: int) -> State:
+        """The state of the first stage."""
         generators = self.require_trigger().restarted().requires_grad_(True)
         generators.graph_safe = getattr(model, "graph_safe", True)
         generators.pattern_net.amp = generators.mask_net.amp = getattr(model, "amp", False)
@@ -103,6 +104,7 @@ class InputAware(InBatchAttack):
         return torch.cat([x, _others(state, len(x))]), y
 
     def mask_step(self, state: State, x: Tensor, y: Labels) -> dict[str, Tensor]:
+        """One update of the mask generator from a batch of `compose_masks`."""
         generators, (x, z) = state["generators"].train(), x.chunk(2)
         m, m_z = generators.mask(x), generators.mask(z)
         size = (m - self.mask_density).relu().mean()

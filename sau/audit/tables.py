@@ -41,7 +41,8 @@ COLUMNS = 4
 
 
 def read(place: Path) -> dict[str, Any]:
-    """One audit: of its folder or record, or FILE.jsonl/NAME, the line of that `name`; RecordError if there is none."""
+    """One audit: of its folder or record, or FILE.jsonl/NAME, the line of a file whose `name` this is; RecordError if
+    there is none."""
     try:
         if place.parent.is_file():
             lines = [json.loads(line) for line in files.read(place.parent).decode().splitlines()]
@@ -58,7 +59,8 @@ def read(place: Path) -> dict[str, Any]:
 def curves(audits: Sequence[Audit], figure: str = "asr") -> dict[Key, dict[str, Line]]:
     """A figure by part and curve, network, and what the attacker spent.
 
-    One value for each audit, or draw of a lone one: draws on one network are no networks where several are compared.
+    One value for each audit, or draw of a lone one: draws on one network do not count as networks where several are
+    compared.
     """
     found: dict[Key, dict[str, Line]] = {}
     for audit in audits:

@@ -111,7 +111,8 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
 
 
 def collect(path: Path, content: Any, kind: str = "", digest: str = "") -> Weights:
-    """All tensors in nested containers, each once, and class names; RecordError unless dense, on the CPU and whole."""
+    """All tensors in nested containers, each container once, and class names; RecordError for a tensor that is not
+    dense, on the CPU and whole."""
     tensors: dict[str, Tensor] = {}
     classes: list[str] | None = None
     seen: set[int] = set()  # a container may hold itself, or the same one many times

@@ -80,9 +80,11 @@ class Images:
         return self._each(lambda name, value: value[index])
 
     def to(self, device: torch.device) -> "Images":
+        """The same images on another device."""
         return self._each(lambda name, value: value.to(device))
 
     def concat(self, others: "Images") -> "Images":
+        """These images and, behind them, `others`."""
         return self._each(lambda name, value: torch.cat([value, getattr(others, name)]))
 
     def replace_rows(self, others: "Images", rows: Tensor) -> "Images":

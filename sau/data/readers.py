@@ -164,6 +164,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def _first(bases: Sequence[Path], names: Sequence[str], advice: str) -> Path:
+    """The first folder base/name that there is."""
     for place in (base / name for base in bases for name in names):
         if os.path.isdir(place):  # False where Path.is_dir would raise PermissionError
             return place

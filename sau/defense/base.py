@@ -71,7 +71,8 @@ class Defense(Method, ABC):
         return self.same_updates(images, per_epoch) if images < ENOUGH else self
 
     def same_updates(self, images: int, per_epoch: int | None, **settings: Any) -> "Defense":
-        """With `settings`, batches of at least 32, about as many as published; lengths grow by what is missing."""
+        """With these `settings`, an epoch in batches of at least 32, about as many as published, and the lengths grown
+        by what is missing."""
         if not self.lengths:
             return self
         size = self.batch_of(images, PUBLISHED)
@@ -227,6 +228,7 @@ class TrainingDefense(Training, Defense):
             self.train(self.prepare(model, batches), batches, session)
 
     def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
+        """`step` on every batch of every epoch."""
         step = MicroBatchedStep(self, self.step, state, session)
         kept = {name: thing for name, thing in state.items() if not name.startswith("_")}
         end_epoch = partial(self.end_epoch, state)

@@ -87,6 +87,7 @@ class IBAU(TrainingDefense):
         return (turn * count + torch.arange(count)) % size
 
     def inner_loss(self, model: nn.Module, x: Pixels, y: Labels, delta: Tensor) -> Scalar:
+        """l_in on one batch."""
         return self.l2_weight * delta.square().sum() - F.cross_entropy(model(x + self.in_pixels(model, delta)), y)
 
     def in_pixels(self, model: nn.Module, delta: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class PruningLevel:
 
     @property
     def count(self) -> int:
+        """How many channels go."""
         return sum(int(flags.sum()) for flags in self.pruned.values())
 
     @property
@@ -48,6 +49,7 @@ class PruningLevel:
 
     @torch.no_grad()
     def prune(self, model: nn.Module) -> None:
+        """Zero the weights of the channels in place."""
         for name, flags in self.pruned.items():
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Linear):

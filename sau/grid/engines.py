@@ -95,7 +95,8 @@ def run_cell(
 
 class Local:
     """This machine: as many cells at once, each of `needs_gb` GiB and the most threads, as its cores, its memory (GiB;
-    None: nine tenths) and its GPUs hold. `how` has root, cache, timeout of `run_cell`. ConfigError without room."""
+    None means nine tenths) and its GPUs hold. `how` has root, cache and timeout of `run_cell`. ConfigError if none has
+    room."""
 
     def __init__(
         self, cells: Sequence[Cell], how: Mapping[str, Any], needs_gb: float, cores: int | None, memory_gb: float | None

@@ -44,7 +44,7 @@ def find(root: str | Path, name: str) -> Path:
 
 
 class Store:
-    """The record root of a grid, whose `.grid` holds logs and cache, and its files of kept results: of several that
+    """The record root of a grid, whose `.grid` holds logs and the cache, and its files of kept results: of several that
     have a cell the first counts."""
 
     def __init__(self, root: Path, published: Sequence[Path] = ()) -> None:

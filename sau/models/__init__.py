@@ -92,7 +92,8 @@ def build(
 
     `name` is one of `MODELS`, whose first stage has `width` channels (None: as published), or a classifier of
     torchvision or timm, like vgg19_bn and timm:vit_tiny_patch16_224. One that does not take images of `shape` (C, H, W)
-    has them enlarged to 224x224 first, and its state-dict keys begin with `1.`. See `Normalized` for mean, std, amp.
+    has them enlarged to 224x224 first, and its state-dict keys begin with `1.`. mean, std and amp are those of
+    `Normalized`.
 
     Raises ConfigError for an unknown name, for a width below 1, and for a width where the network has none.
     """

@@ -228,7 +228,8 @@ def require_plain_weight(layer: Layer, method: str) -> Layer:
 def resolve_layer(model: nn.Module, name: str, advice: str) -> str:
     """The full name in `model` of the layer `name` of the user's own network, to which wrappers add prefixes.
 
-    Of several layers whose names end in `name` the outermost is meant. ConfigError with `advice` unless there is one.
+    Of several layers whose names end in `name` the outermost is meant. ConfigError with `advice` if there is none, or
+    more than one.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
     ends = [full for full in layers if f".{full}".endswith(f".{name}")]

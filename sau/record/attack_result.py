@@ -54,7 +54,8 @@ class AttackResult:
 
     def model(self) -> Normalized:
         """The attacked network, new at each call, on the CPU, in eval mode. ConfigError for an unknown network,
-        RecordError if the weights have other names or shapes, before memory is allocated: a record may claim any."""
+        RecordError if the weights have other names or shapes, which is known before memory is allocated: a record may
+        claim any size."""
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
         compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])

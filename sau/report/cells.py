@@ -65,6 +65,7 @@ class TableCell:
 
     @property
     def competes(self) -> bool:
+        """Whether it may have a rank."""
         return self.defense != NONE and self.figures["der"] is not None and not (self.oracle or self.dead)
 
     @property

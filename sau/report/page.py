@@ -55,7 +55,8 @@ def _environment() -> Environment:
 
 def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
     """The page of a purified network of somebody's own: what was measured of it, and what cannot be excluded. `beside`
-    are such folders of networks known to be clean: what they were before is what is usual. RecordError for others."""
+    are such folders of networks that are known to be clean: what they were before shows what is usual. RecordError for
+    others."""
     config, summary = _own(folder)
     risk, verdict = summary["risk"], summary.get("findings", {}).get("verdict")
     anew = summary.get("statistics_anew", {})
@@ -79,6 +80,7 @@ def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
 
 
 def _own(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and summary of a checked folder."""
     record = Record(folder)
     if run_kind(config := record.check()) != OWN:
         raise RecordError(f"{folder} is the folder of {run_kind(config)}, allowed is that of {OWN}")
