@@ -21,15 +21,15 @@ from sau.data import sources
 from sau.data.images import Images
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, run_command
-from sau.evaluate import Score, conclusion, der, figures, proportions, reestimate_statistics, score, table
+from sau.evaluate import Score, conclusion, der, figures, has_learned, proportions, reestimate_statistics, score, table
 from sau.files import release_all, safe_join, write
-from sau.loop import Limit, RunContext
+from sau.loop import Limit, RunContext, forecast
 from sau.models import MODELS, build
 from sau.models.normalized import copied
 from sau.optim import Method, Training
 from sau.record import attack_result
 from sau.record.folder import Record
-from sau.risk import gauge
+from sau.risk import gauge, passes
 from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity
 from sau.settings import Settings, sentence
 
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     0 is success, also where the run was finished before; 2 a mistake of the user; 1 another expected error (disk,
     memory, a folder in use); 130 a run that was stopped by Ctrl-C or SIGTERM and can be resumed.
     """
-    return run_command(lambda: _main(list(argv)))
+    how = ", without --overwrite; an attack resumes in its folder, which --save_folder_name names"
+    return run_command(lambda: _main(list(argv)), how if argv[:1] and argv[0] in METHODS else "")
 
 
 def _main(argv: list[str]) -> int:
@@ -134,7 +135,10 @@ def attack(name: str, argv: Sequence[str]) -> None:
     attack_result.save(record, model, method.poisoned_samples(trained_on), triggered, method.trigger)
     record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
+    if not (learned := has_learned(final.acc, train.num_classes)):
+        record.log(f"warning: the network did not learn: ACC {final.acc.percent:.1f}; try more --epochs")
     if gate := method.gate(dataset, final.asr):
+        gate["passed"] &= learned
         found["gate"] = gate
         _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
     logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
@@ -160,6 +164,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     _warn_below(record, given.gate, before, "the attack of this record", "results of defenses on it say nothing")
     risks = None
     if run.track_risk or given.own:  # `purify` leaves the network as it is, so that it is the reference throughout
+        each = seconds / (len(test) + (len(triggered) if triggered else 0))
+        forecast("the search for the risks", each * passes(run.search()) * min(len(test), run.risk_samples), record.log)
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat, searched = risks and risks(model), time.monotonic() - begun - seconds
     # Each evaluation measures the risks, or only the end does.
@@ -210,7 +216,7 @@ def _keep(record: Record, fixed: nn.Module, model: nn.Module, given: subject.Sub
 def _warn_below(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
     """Warn of an attack that is below its gate; see `Attack.gate`."""
     if gate and not gate["passed"] and found.asr:
-        asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}"
+        asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}, at ACC {found.acc.percent:.1f}"
         record.log(f"warning: {which} did not take: {asr}; {advice}")
 
 

@@ -98,7 +98,7 @@ def lacks_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def run_command(main: Callable[[], int | None]) -> int:
+def run_command(main: Callable[[], int | None], resume: str = "") -> int:
     """Run `main` and return its exit status (None is 0); an expected error is one line on stderr: 2 for a mistake of
     the user, 1 for any other (disk, memory, a locked folder), 130 for Ctrl-C or SIGTERM."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -116,8 +116,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        how = "an attack resumes in its folder, which --save_folder_name names"
-        print(f"\nstopped; repeat the command to go on, without --overwrite; {how}", file=sys.stderr)
+        print(f"\nstopped; repeat the command to go on{resume}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader left, like `head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ from sau.models.normalized import check_labels, classifier, eval_mode, forward_h
 # In percent, for the words of `conclusion`: at most this ASR is left of a backdoor that is gone, which costs no more
 # ACC than this, and at least this R-ACC is right again.
 GONE, COST, RIGHT = 10.0, 5.0, 70.0
+LEARNED = 0.2  # of the way from chance to all images: a network that errs more has learned nothing
 NORM_BATCH = 256  # images at a time for statistics of batch norm
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # images; the caches of a CPU do not hold the activations of more
 
@@ -203,6 +204,11 @@ def table(rows: dict[str, Score]) -> str:
         last = "-" if rating is None else f"{rating:.2f}"
         lines.append(f"{name:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{last:>9}")
     return "\n".join(lines)
+
+
+def has_learned(acc: Proportion, classes: int) -> bool:
+    """Whether the accuracy is well above chance; if not, an ASR says nothing, as of a network with one answer."""
+    return acc.exact / 100 >= LEARNED + (1 - LEARNED) / classes
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from sau.types import Batched
 
 LARGE = 2**24  # bytes of a checkpoint that is not written after every epoch, for that takes 100 ms and more
 FORECAST_STEPS = 5  # updates timed before the forecast is printed, after one that warms up
+SILENCE = 600  # seconds without a line that are forecast
 RECENT = 50  # updates of which a slow one is expected to come again
 
 
@@ -274,6 +275,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def forecast(what: str, seconds: float, say: Callable[[str], None]) -> None:
+    """Say how long `what`, which prints nothing meanwhile, takes, if it is long."""
+    if seconds > SILENCE:
+        say(f"note: {what} takes about {duration(seconds)} without a line")
 
 
 def short(value: float) -> str:

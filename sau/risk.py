@@ -136,6 +136,11 @@ def gauge(
     return lambda model: measure(model, reference, some, bad, search, seed=seed)
 
 
+def passes(search: Search) -> int:
+    """Passes of an image that `measure` takes at most, without triggered images."""
+    return 4 * SAU.adv_steps + 6 * search.steps * search.restarts
+
+
 def margins(z: Logits) -> Tensor:
     """[B, K]: by how much each class beats all others; above 0 only for the answer."""
     first, second = z.topk(2, 1).values.unbind(1)

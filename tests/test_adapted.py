@@ -112,7 +112,8 @@ def first_line(method: Any, images: Any = None, **how: Any) -> str:
 
 
 @pytest.mark.parametrize(("method", "images", "right", "few"), [
-    (SAU(), 143, 0.97, False), (SAU(), 143, 0.9, True), (SAU(), 2500, 0.9, False), (FT(), 143, 0.97, True),
+    (SAU(), 100, 0.97, False), (SAU(), 99, 0.97, True), (SAU(), 143, 0.9, True), (SAU(), 2500, 0.9, False),
+    (FT(), 143, 0.97, True),
 ])  # fmt: skip
 def test_the_first_line_says_that_images_are_few(method: Any, images: int, right: float, few: bool) -> None:
     """100 to 1,000 images of CIFAR-10 cost other networks 1 to 23 points of accuracy (docs/results/own_networks.md)."""
@@ -140,7 +141,7 @@ def test_what_the_user_gives_stands() -> None:
     assert (small.batch_size, small.epochs, small.patches) == (64, 84, 0.5) and "epochs 84, lr " in said[0]
     for count in (150, 2500):  # the published count has nothing to adapt and to say
         assert SAU(lr=0.01).fitted({"lr": 1e-4}, few, count, said.append) == SAU(lr=0.01)
-        assert said[1].endswith("because you gave lr") and len(said) == 2
+        assert said[1].startswith("warning: ") and said[1].endswith("because you gave lr") and len(said) == 2
 
 
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:

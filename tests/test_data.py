@@ -112,7 +112,7 @@ def test_sizes_of_batches_and_pixels_beside_their_labels(count, size, how, sizes
 
 
 @pytest.mark.parametrize(("count", "size", "sizes"), [
-    (72, 32, [32, 40]), (74, 32, [32, 32, 10]), (7, 3, [3, 4]), (3, 1, [1, 1, 1]), (3, 32, [3])
+    (72, 32, [32, 40]), (74, 32, [32, 32, 10]), (7, 3, [3, 4]), (3, 1, [3]), (70, 1, [32, 38]), (3, 32, [3])
 ])  # fmt: skip
 def test_what_a_loader_leaves_over_joins_its_last_batch(count, size, sizes):
     numbers = torch.arange(count)

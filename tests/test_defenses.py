@@ -299,6 +299,7 @@ BAD: list[tuple[str, Any, str]] = [  # what is wrong, data, what the refusal nam
     ("an empty pair", (x[:0], y[:0]), "empty"),
     ("an empty loader", [], "empty"),
     ("only pixels", x, "Tensor"),
+    ("a data set", TensorDataset(x, y), "DataLoader(data, 32, shuffle=True)"),
     ("a generator", ((x, y) for _ in range(2)), "generator"),
     ("an iterator", iter(triples(x, y)), "DataLoader with a length"),
     ("a loader without a length", DataLoader(Endless(), batch_size=8), "length"),
@@ -324,6 +325,7 @@ def test_bad_images_and_labels_are_refused_in_one_line(method, data, word):
     (ConfigError, "above 0", {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}),
     (ConfigError, "2", {"mean": [0.5] * 3, "std": [0.25] * 2}),
     (DataError, "2 values", {"mean": [0.5] * 2, "std": [0.25] * 2}),
+    (ConfigError, "settings is 'given', allowed is auto or as_given", {"settings": "given"}),
 ])  # fmt: skip
 def test_bad_statistics_are_refused(error, word, how):
     for data in (pair(), triples(*pair())):

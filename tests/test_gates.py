@@ -32,13 +32,16 @@ def test_an_attack_below_its_gate_warns_and_a_defense_repeats_it(here, tmp_path,
     assert summary(tmp_path / "record/a/defense/ft")["gate"] == found["gate"]
 
 
-def test_an_attack_at_its_gate_is_silent(here, tmp_path, monkeypatch, few_digits):
+@pytest.mark.parametrize("passed", [True, False])
+def test_an_attack_at_its_gate_is_silent_unless_nothing_was_learned(here, tmp_path, monkeypatch, few_digits, passed):
     monkeypatch.setattr("sau.attack.base.GATE", 0.0)
+    monkeypatch.setattr("sau.evaluate.LEARNED", -1.0 if passed else 0.2)
     _, out, _ = here("attack", "badnet", *ATTACK)
     _, later, _ = here(*DEFENSE)
-    assert not warnings(out + later)
+    said = "warning: the network did not learn: ACC " in out, len(warnings(out + later))
+    assert said == ((False, 0) if passed else (True, 2))
     for folder in ("record/a", "record/a/defense/ft"):
-        assert summary(tmp_path / folder)["gate"] == {"asr": 0.0, "passed": True}
+        assert summary(tmp_path / folder)["gate"] == {"asr": 0.0, "passed": passed}
 
 
 @pytest.mark.parametrize(("name", "flags"), [

@@ -74,7 +74,7 @@ def test_a_second_runner_on_one_folder_is_refused(every, tmp_path):
 def test_ctrl_c_stops_every_cell_and_the_next_call_goes_on(every, tmp_path):
     argv = [*SCRIPT, "--record_root", "root", "--cores", "2"]
     status, err = stop_after("[1/6]", signal.SIGINT, argv, tmp_path)
-    assert status == 130 and "stopped; repeat the command to go on" in err
+    assert status == 130 and "stopped; repeat the command to go on\n" in err
     store = Store(tmp_path / "root")
     assert {store.state(cell) for cell in every} <= {"finished", "waiting"}
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)

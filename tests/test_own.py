@@ -113,8 +113,11 @@ def made():
     ([], "0,0,0", "the network classifies only 5 of 15 clean images correctly; check mean and std"),
     (["torch.nn.Softmax(1)"], None, "answers with probabilities, allowed are logits"),
 ])  # fmt: skip
-def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean, said, pictures, tmp_path, here):
+def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(
+    last, mean, said, pictures, tmp_path, here, monkeypatch
+):
     """It is right about the three colours in [0, 1] alone; said before anything is measured, and kept."""
+    monkeypatch.setattr("sau.loop.SILENCE", -1)
     (tmp_path / f"colours{len(last)}.py").write_text(COLOURS.format(last=f"[{', '.join(last)}]"))
     torch.save({"2.weight": 9 * torch.eye(3).flip(1), "2.bias": torch.zeros(3)}, tmp_path / "net.pt")
     more = () if mean is None else ("--mean", mean, "--std", "0.01,1,1")
@@ -124,6 +127,7 @@ def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(last, mean
         assert status == 2 and said in err and not (tmp_path / "record").exists()
         return
     assert status == 0, err
+    assert "note: the search for patches takes about" in out and "note: the search for the risks takes about" in out
     if said is None:
         assert "classifies 15 of 15 clean images correctly (100.0 %)" in out and "check mean and std" not in out
     else:

@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from sau.config import check, param
 from sau.errors import DataError, require
@@ -22,6 +24,7 @@ from sau.types import Batched, Bytes, Pixels
 SLACK = 1e-3  # a quarter of a grey level: rounding, as of pixels that were normalised and brought back
 OVERSHOOT = 0.4  # bicubic resizing and noise leave [0, 1] by less; normalised images, even of MNIST (-0.42), by more
 VALUES_AT_ONCE = 2**22  # pixels of the batches that are augmented together: each kernel launch costs time on a GPU
+SMALLEST_BATCH = 32  # that a defense makes unless the user asks for fewer
 EMPTY = "the clean set is empty; give at least one labelled image (drop_last leaves out a batch that is not full)"
 RngState = dict[str, Any]  # of torch's global generators
 # Mean and deviation that were undone: a number for each channel, or one for all; None: the images are in [0, 1].
@@ -170,6 +173,8 @@ def clean_batches(data: Any, size: int, device: torch.device, stats: Statistics,
         pixels, labels = checked(data[0], data[1], stats)
         check_normalised(float(data[0].min()), float(data[0].max()), stats)
         return Batches(pixels.to(device), (labels.to(device),), size, seed)
+    if isinstance(data, Dataset):
+        raise DataError(f"clean data is a data set; give DataLoader(data, {SMALLEST_BATCH}, shuffle=True) of torch")
     with suppress(TypeError):  # from `len`, also that of a DataLoader over an endless stream
         if not isinstance(data, Tensor | Iterator) and len(data) >= 0:
             return _Loader(data, device, stats, seed)
@@ -199,7 +204,8 @@ def checked(x: Any, y: Any, stats: Statistics) -> tuple[Tensor, Tensor]:
         return in_range(x), y.long()
     if len(mean) not in (1, x.shape[1]):
         raise DataError(f"mean and std have {len(mean)} values, images {x.shape[1]} channels; give one for each")
-    return in_range(x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1)), y.long()
+    advice = "other mean and std: these are not those that the images were normalised with"
+    return in_range(x * x.new_tensor(std).view(1, -1, 1, 1) + x.new_tensor(mean).view(1, -1, 1, 1), advice), y.long()
 
 
 def check_normalised(low: float, high: float, stats: Statistics) -> None:
@@ -218,7 +224,8 @@ def check_normalised(low: float, high: float, stats: Statistics) -> None:
 class _Loader:
     """A user's loader with every batch checked and moved; its own augmentation and order stay in force.
 
-    A few images that an ordinary DataLoader leaves over join its last batch, as in `Batches`.
+    Batches of one image, DataLoader's default, are joined to batches of 32. A few images that an ordinary DataLoader
+    leaves over join its last batch, as in `Batches`.
     """
 
     def __init__(self, loader: Any, device: torch.device, stats: Statistics, seed: int) -> None:
@@ -227,18 +234,19 @@ class _Loader:
         self.epoch, self.size = 0, None  # the loader's own
         self.length = len(loader)
         sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-        if isinstance(sampler, Sized) and size and not getattr(loader, "drop_last", True):
-            self.length = count_batches(len(sampler), size)
+        self.joined = SMALLEST_BATCH if size == 1 and isinstance(sampler, Sized) else 1  # of its batches make one
+        if isinstance(sampler, Sized) and size and (size == 1 or not getattr(loader, "drop_last", True)):
+            self.length = count_batches(len(sampler), size * self.joined)
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator, batches, count = epoch_generator(self.seed, self.epoch), self._checked(), 0
-        for count, (x, y) in enumerate(batches, 1):
-            if count == self.length < len(self.loader):
-                for rest_x, rest_y in batches:
-                    x, y = torch.cat([x, rest_x]), torch.cat([y, rest_y])
+        for count, first in enumerate(batches, 1):
+            rest = None if count == self.length else self.joined - 1
+            more = islice(batches, rest) if self.length < len(self.loader) else ()
+            x, y = map(torch.cat, zip(first, *more, strict=True))
             yield self.augment(x, generator) if self.augment else x, y
         if not count:
             raise DataError(EMPTY)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sau import loop
 from sau.config import param
-from sau.data.batches import Augment, Batches, clean_batches, count_batches, first_batch, seeded
+from sau.data.batches import SMALLEST_BATCH, Augment, Batches, clean_batches, count_batches, first_batch, seeded
 from sau.data.images import Images
 from sau.defense import checks
-from sau.errors import ConfigError
+from sau.errors import require
 from sau.evaluate import batch_accuracy
 from sau.graphs import MicroBatchedStep
 from sau.loop import RunContext
@@ -28,9 +28,9 @@ from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
 ENOUGH = 1900  # from here on they hold; 5 % of GTSRB's 39,209 are 1,960
-EASY = 0.95  # a network that is right on more of its clean images has an easy task, like digits
-SMALLEST_BATCH = 32
+EASY, EASY_ENOUGH = 0.95, 100  # a network that is right on more has an easy task, like digits, where 100 images do
 UPDATES = 250  # of SAU and AT where their published settings do not hold
+JUDGED = "defender, or oracle with `RunContext(judge=...)`, which scores a network on the test sets"
 Gradients = Literal["none", "weights", "images"]
 Select = Literal["defender", "oracle"]
 
@@ -101,7 +101,8 @@ class Defense(Method, ABC):
             changed.pop("batch_size", None)
         kept, to = given.keys() & {*rates, *changed}, f"to {images:,} images and this network"
         if changed and kept:
-            say(f"note: no setting is adapted {to}, because you gave {', '.join(sorted(kept))}")
+            why = f"no setting is adapted {to}, because you gave {', '.join(sorted(kept))}"
+            say(f"warning: the backdoor may stay: {why}")
         elif changed:
             say(f"adapted {to}: {', '.join(f'{name} {value}' for name, value in changed.items())}")
         if kept:
@@ -111,7 +112,8 @@ class Defense(Method, ABC):
     def plan(self, images: int, batches: Batched, right: float) -> str:
         """The line after the accuracy: how many images there are, and how long and how fast it trains; `right` is the
         share of them that the network classifies correctly."""
-        few = images < ENOUGH and self.data_use == "clean" and not (self.few_suffice and right > EASY)
+        enough = EASY_ENOUGH if self.few_suffice and right > EASY else ENOUGH
+        few = images < enough and self.data_use == "clean"
         theirs = f"the results of {self.name} are for {PUBLISHED:,}"
         why = f", which are few: {theirs}; the accuracy may fall, and the backdoor may stay"
         return f"{images:,} images" + (why if few else "")
@@ -153,8 +155,8 @@ class Defense(Method, ABC):
         """
         session = (session or RunContext()) if progress else (session or RunContext()).quiet()
         session.findings.clear()
-        if self.selection == "oracle" and session.judge is None:
-            raise ConfigError("select is oracle; give `RunContext(judge=...)`, which scores a network on the test sets")
+        require("settings", settings, settings in ("auto", "as_given"), "auto or as_given")
+        require("select", self.selection, self.selection == "defender" or session.judge is not None, JUDGED)
         model, stats = checks.unwrap(model), statistics(mean, std)
         place = torch.device(device) if device is not None else next(model.parameters()).device
         with grad_enabled(place):
@@ -178,7 +180,7 @@ class Defense(Method, ABC):
             count = len(x) if per_epoch else min(method.batch_size, images)
             count = max(count, images - count * (len(batches) - 1))  # the last batch may have a few more
             with seeded(seed):
-                twice = self.gradients != "none" and checks.check_memory(owned, x, count, session.say)
+                twice = self.gradients != "none" and checks.check_cost(method, owned, x, count, session.say)
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
             if attacked is not None and (verdict := checks.compare(attacked, owned, x, y, session.say)):

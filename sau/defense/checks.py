@@ -12,6 +12,7 @@ if only on a part of the images, keeps its patch far smaller than those of the o
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.data.batches import check_counts, seeded, unaugmented
+from sau.data.batches import check_counts, first_batch, seeded, unaugmented
 from sau.device import free_memory
 from sau.errors import ConfigError, TrainingError, lacks_memory
-from sau.loop import RunContext
+from sau.loop import RunContext, forecast
 from sau.models import normalized
-from sau.pgd import SMALL, patch_of_each_class, smallest_patches
+from sau.pgd import CLASSES, SMALL, STEPS, patch_of_each_class, smallest_patches
 from sau.types import Batched, Labels, Pixels
 
-HARM = 0.1  # of the clean images
+HARM, RIGHT = 0.1, 0.95  # of the clean images: what must not be lost; from here on nothing is wrong
 LARGE = 1e9  # bytes of an update that are worth a line
 SHUFFLED = 20  # images that chance does not sort by class
 FEW, MANY, HALF = 40, 60, 0.5  # at most so many images in the verdict's searches; what the second patch must lead
@@ -88,18 +89,29 @@ def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
     return follows["images"]
 
 
-def check_memory(model: nn.Module, x: Pixels, count: int, say: Callable[[str], None]) -> bool:
-    """Before updates on `count` images like `x`: say what they take where that is much. Where it is more than is free,
-    warn, or have the network compute its activations twice; returns whether it does."""
+def search_seconds(model: nn.Module, x: Pixels) -> float:
+    """About what the verdict's searches take, where a gradient takes as long as two passes."""
+    with torch.no_grad():
+        for _ in range(2):  # the first pass also sets the device up
+            started = time.monotonic()
+            float(model(x[:8]).sum())  # waits for it
+    return (time.monotonic() - started) / len(x[:8]) * 3 * STEPS * CLASSES * FEW
+
+
+def check_cost(method: Any, model: nn.Module, x: Pixels, count: int, say: Callable[[str], None]) -> bool:
+    """Before updates on `count` images like `x`: say what they and the searches for patches take where that is much.
+    Where there is less memory, warn, or have the network compute its activations twice; returns whether it does."""
+    more = 3 if getattr(method, "patches", 0) else 0  # SAU's own searches: six of 20 images, not one of 40
+    forecast("the search for patches", (1 + more) * search_seconds(model, x), say)
     needed, free = update_bytes(model, x, count), free_memory(x.device)
     if twice := needed > free and checkpointed(getattr(model, "net", model)):
         say("activations are computed twice (activation checkpointing), for memory would not hold them")
         needed = update_bytes(model, x, count)
-    forecast = f"memory: an update on {count} images takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    takes = f"memory: an update on {count} images takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     if needed > free:
-        say(f"warning: {forecast}; give smaller batches or images")
+        say(f"warning: {takes}; give smaller batches or images")
     elif needed > LARGE:
-        say(forecast)
+        say(takes)
     return twice
 
 
@@ -151,8 +163,17 @@ def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int
     return torch.cat(answers), torch.cat(labels), classes
 
 
+def normalised(model: normalized.Normalized, batches: Batched) -> int:
+    """How many clean images `model`, which does not normalise, classifies correctly if its images are normalised, with
+    the mean and deviation of a batch of them."""
+    x, _ = first_batch(unaugmented(batches))
+    stats = x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp_min(1e-3).tolist()
+    answers, labels, _ = predictions(normalized.Normalized(model.net, *stats, model.amp).to(x.device), batches)
+    return int((answers == labels).sum())
+
+
 @torch.no_grad()
-def check_before(method: Any, model: nn.Module, batches: Batched, session: RunContext) -> tuple[float, int]:
+def check_before(method: Any, model: normalized.Normalized, batches: Batched, session: RunContext) -> tuple[float, int]:
     """Say the share of clean images that `model` classifies correctly, and warn of what stands out.
 
     Returns that share and the number of images. Raises TrainingError for weights that are not finite, DataError for
@@ -165,14 +186,23 @@ def check_before(method: Any, model: nn.Module, batches: Batched, session: RunCo
     half_way = total * (1 + 1 / classes) / 2  # from chance to all; an attacked network has nearly its full ACC
     if right < half_way:
         usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
-        session.say(f"warning: the network classifies only {right:,} of {total:,} {kind} images correctly; {usual}")
+        few = f"the network classifies only {right:,} of {total:,} {kind} images correctly"
+        session.say(f"warning: {few}; {usual}, unless it was trained too little")
+    if model.mean is None and right < RIGHT * total and (more := normalised(model, batches)) > right + HARM * total:
+        found = f"on normalised images it classifies {more:,} of {total:,} correctly"
+        session.say(f"warning: {found}; give the mean and std that the network was trained with")
     if method.data_use != "none":
         counts, runs = labels.bincount(minlength=classes), 1 + int((labels.diff() != 0).sum())
         present = int(counts.count_nonzero())
         if 1 < present and runs <= present and len(batches) > 1 and total >= max(SHUFFLED, 2 * present):
             session.say("warning: the loader gives the images class by class; give one that shuffles")
+        if (joined := getattr(batches, "joined", 1)) > 1:
+            session.say(f"note: the loader's batches of one image are joined to batches of {joined}")
         for note in check_counts(counts, method.data_use) if not session.data_checked else ():
             session.say(f"note: {note}")
+        if method.data_use == "clean" and present < classes:
+            which = f"{classes - present} of {classes} classes, of which there is no clean image"
+            session.say(f"warning: the network may forget {which}; give some of each class")
     return right / total, total
 
 

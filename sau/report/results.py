@@ -34,7 +34,7 @@ class Result:
     settings: dict[str, Any] | None = None  # of the defense; None for `none`
     name: str = ""  # the folder below the root, like badnet_s0/defense/sau
     figures: dict[str, float | None] = field(default_factory=dict)  # of PERCENT, COST and BEFORE; None if not measured
-    missed_gate: float | None = None  # ASR in percent that the attack had to reach; None if it did or had no gate
+    missed_gate: float | None = None  # ASR in percent to reach; None if the attack passed its gate or had none
     summary: dict[str, Any] = field(default_factory=dict)  # `summary.json`
     config: dict[str, Any] = field(default_factory=dict)  # `config.yaml`; empty if a summary alone was kept
 
