@@ -34,6 +34,7 @@ from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begi
 from sau.settings import Settings, sentence
 
 METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
+UNREAD = {"all2all": "attack_target", "all2one": "attack_label_shift_amount"}  # the flag of the other label rule
 TOOLS = {"grid": "sau.grid.command:main"}
 TOOLS |= {name: f"sau.tools:{name}" for name in ("report", "figures", "verify", "inspect")}
 
@@ -122,6 +123,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     facts |= {"model": network, "notes": notes, "trigger_digest": mark}
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
+    asked.ignore([UNREAD[method.attack_label_trans]], f"labels follow {method.attack_label_trans}")
     begin(record, run, determined, model, method, where, facts, [line], asked.ignored)
     plan = method.describe(trained_on, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
@@ -138,9 +140,9 @@ def attack(name: str, argv: Sequence[str]) -> None:
     if not (learned := has_learned(final.acc, train.num_classes)):
         record.log(f"warning: the network did not learn: ACC {final.acc.percent:.1f}; try more --epochs")
     if gate := method.gate(dataset, final.asr):
+        _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
         gate["passed"] &= learned
         found["gate"] = gate
-        _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
     logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
 
 

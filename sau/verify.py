@@ -59,6 +59,9 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
         return checks
     checks.append(_check("figures", lambda: _figures(path, {"": path}, measured)))
     for folder in sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir()):
+        if not Record(folder).finished and (folder / CONFIG).exists():
+            checks.append(Check(folder.name, "not checked", "it is unfinished; repeat its command to go on"))
+            continue
         checks.append(_check(f"{folder.name}: files", partial(_files, folder)))
         if checks[-1].state == "ok":
             parts = {"before": path, "after": folder}

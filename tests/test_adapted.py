@@ -148,7 +148,7 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     monkeypatch.setattr(pgd, "STEPS", 60)
     net, _, (x, y), _ = planted()
     kept = compare(planted()[0], net, x, y, print)
-    assert kept["doubts"] and lines(kept)[0].startswith("warning: too little changed")
+    assert kept["doubts"] and lines(kept)[0].startswith("warning: the backdoor may stay: a small patch")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner

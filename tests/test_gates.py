@@ -39,17 +39,19 @@ def test_an_attack_at_its_gate_is_silent_unless_nothing_was_learned(here, tmp_pa
     _, out, _ = here("attack", "badnet", *ATTACK)
     _, later, _ = here(*DEFENSE)
     said = "warning: the network did not learn: ACC " in out, len(warnings(out + later))
-    assert said == ((False, 0) if passed else (True, 2))
+    assert said == ((False, 0) if passed else (True, 1))  # the defense's
     for folder in ("record/a", "record/a/defense/ft"):
         assert summary(tmp_path / folder)["gate"] == {"asr": 0.0, "passed": passed}
 
 
 @pytest.mark.parametrize(("name", "flags"), [
-    ("badnet", ("--pratio", "0")), ("badnet", ("--attack_label_trans", "all2all")), ("prototype", ()),
+    ("badnet", ("--pratio", "0")), ("prototype", ()),
+    ("badnet", ("--attack_label_trans", "all2all", "--attack_target", "3")),
 ])  # fmt: skip
 def test_without_a_backdoor_or_with_other_label_rules_there_is_no_gate(here, tmp_path, few_digits, name, flags):
     """The ASR of all2all is bounded by the accuracy."""
     _, out, _ = here("attack", name, *ATTACK, *flags)
+    assert ("warning: flags without effect here: --attack_target: labels follow all2all\n" in out) == ("3" in flags)
     assert not warnings(out) and "gate" not in summary(tmp_path / "record/a")
     assert attack_result.load(tmp_path / "record/a").gate is None
 

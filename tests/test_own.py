@@ -46,10 +46,10 @@ def network(own: OwnRun, classes: int) -> tuple[torch.nn.Module, str]:
 
 
 def layouts(net, folder):
-    """The same weights as people hand them round."""
+    """The same weights as people hand them round; averaged ones count batches in floats."""
     state = net.state_dict()
     torch.save(state, folder / "plain.pt")
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "lightning.ckpt")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": 1.0 * state[k] for k in state}}, folder / "lightning.ckpt")
     safetensors.torch.save_file(state, folder / "safe.safetensors")
     return [folder / name for name in ("plain.pt", "lightning.ckpt", "safe.safetensors")]
 

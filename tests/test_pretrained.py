@@ -139,6 +139,8 @@ def test_what_is_refused_in_one_line(kind, file, keys, said, networks, clean, tm
     assert said in refused(*flags(place, clean))
     torch.save({}, place / "model.safetensors")
     assert "is no safetensors file" in refused(*flags(place, clean))
+    (place / "model.safetensors").unlink()
+    assert "has no model.safetensors; save the network with safe_serialization=True" in refused(*flags(place, clean))
 
 
 def test_a_name_of_timm_with_a_weights_file(clean, tmp_path, here, refused, monkeypatch):

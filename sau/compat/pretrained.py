@@ -24,7 +24,7 @@ from sau.compat import weights
 from sau.compat.weights import Weights
 from sau.data.decode import Preparation
 from sau.data.images import to_float
-from sau.errors import ConfigError, SauError, first_line, one_line
+from sau.errors import ConfigError, RecordError, SauError, first_line, one_line
 from sau.files import read
 from sau.models import TIMM, Normalized, library
 from sau.record.folder import on_cpu
@@ -84,8 +84,11 @@ class Pretrained:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with the weights of a folder."""
-    return folder / (CLIP_WEIGHTS if (folder / CLIP_CONFIG).exists() else WEIGHTS)
+    """The file with the weights of a folder; RecordError if it is not there."""
+    path = folder / (CLIP_WEIGHTS if (folder / CLIP_CONFIG).exists() else WEIGHTS)
+    if not path.exists():
+        raise RecordError(f"{folder} has no {path.name}; save the network with safe_serialization=True")
+    return path
 
 
 def open_folder(folder: Path, names: Sequence[str] = ()) -> Pretrained:

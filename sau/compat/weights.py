@@ -80,8 +80,9 @@ def _names(value: Any) -> list[str] | None:
 
 
 def fit(value: Tensor, own: Tensor, name: str) -> Tensor:
-    """`value` in the type of `own`: any float for a float, else the same type; RecordError if it is not finite."""
-    if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+    """`value` in the type of `own`: any float for a float, any type for a count (`num_batches_tracked`), else the same
+    type; RecordError if it is not finite."""
+    if value.dtype != own.dtype and own.ndim and not (value.is_floating_point() and own.is_floating_point()):
         raise RecordError(f"{name} has type {value.dtype}, allowed is {own.dtype}")
     value = value.to(own.dtype).contiguous()
     if not bool(torch.isfinite(value).all()):

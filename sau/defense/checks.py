@@ -268,5 +268,5 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
         "none" if verdict[name] is None else f"{verdict[name]:.1f} pixels" for name in ("before", "after", "typical")
     )
     found = f"smallest patch that leads images to one class: {before} before, {after} after (other classes: {typical})"
-    doubts = "too little changed to have removed a backdoor; try other settings or more clean images"
-    return [f"warning: {doubts}"] * verdict["doubts"] + [f"{found}; this is no proof"]
+    doubts = "the backdoor may stay: a small patch still leads both networks to one class; try other settings"
+    return [f"warning: {doubts} or more clean images"] * verdict["doubts"] + [f"{found}; this is no proof"]

@@ -89,7 +89,8 @@ class Record:
             there = old["identity"]
             names = [name for name in sorted({**there, **identity}) if there.get(name) != identity.get(name)]
             other = "; ".join(f"{name}: {there.get(name)!r} there, {identity.get(name)!r} here" for name in names)
-            raise RecordError(f"{self.path} holds an unfinished run with other settings ({other}); {advice}")
+            what = f"{self.path} holds an unfinished run with other settings ({other})"
+            raise RecordError(f"{what}; give the flags that it began with, {advice}")
         self.config = old if same else {}
         return same
 
