@@ -39,9 +39,8 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     record = Record(attacked / "defense" / name)
     config = {"run": {"ratio": ratio, "index": None}, "command": f"defense/{name}.py --result_file {attacked.name}"}
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
-    record.update_config(
-        method=method, data={"dataset": dataset}, model=NETWORK, attacked=digest, clean_index=list(range(100))
-    )
+    facts = {"method": method, "data": {"dataset": dataset}, "model": NETWORK}
+    record.update_config(**facts, attacked=digest, clean_index=list(range(100)))
     first, last = (
         {"epoch": epoch, "loss": 1 / epoch, "clean_loss": 0.5 / epoch, "type1": 900.0, "seconds": 1.0 * epoch}
         for epoch in (1, 2)

@@ -45,9 +45,8 @@ def nets():
     """A network with BadNets' backdoor, the same lightly fine-tuned, and one that was never poisoned; frozen."""
     torch.set_num_threads(1)
     attacked, clean = train_victim(BadNet(), TRAIN), train_victim(Prototype(), TRAIN)
-    tuned = FT(lr=0.05, epochs=20, batch_size=25, augment=False).purify(
-        attacked, toy_images(200, seed=3), session=quiet()
-    )
+    few = toy_images(200, seed=3)
+    tuned = FT(lr=0.05, epochs=20, batch_size=25, augment=False).purify(attacked, few, session=quiet())
     return {"none": attacked, "ft": tuned, "control": clean}
 
 

@@ -78,9 +78,8 @@ def test_memory_is_flat_in_rounds():
 
     def alive() -> int:
         gc.collect()
-        return sum(
-            thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and not thing.is_sparse
-        )
+        tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+        return sum(tensor.nbytes for tensor in tensors if not tensor.is_sparse)
 
     held: list[int] = []
     session = quiet(on_epoch=lambda *what: held.append(alive()))

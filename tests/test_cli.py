@@ -232,9 +232,8 @@ def test_an_attack_that_is_killed_and_stopped_goes_on_to_the_same_bits(finished,
         assert (folder / f"{name}.safetensors").read_bytes() == (undisturbed / f"{name}.safetensors").read_bytes()
     assert list(map(without_time, rows(folder))) == list(map(without_time, rows(undisturbed)))
     assert without_time(summary(folder)) == without_time(summary(undisturbed))
-    assert not (folder / "checkpoint.bin").exists() and {f.name for f in folder.iterdir()} == {
-        f.name for f in undisturbed.iterdir()
-    }
+    names, wanted = ({file.name for file in place.iterdir()} for place in (folder, undisturbed))
+    assert names == wanted and "checkpoint.bin" not in names
     Record(folder).check()
 
 

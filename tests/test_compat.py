@@ -71,9 +71,8 @@ def test_lists_of_a_real_folder(file, original, cifar10, tmp_path):
     expected = json.loads((original / "expected.json").read_text())
     wanted = {"name": NET, "classes": 10, "width": None, "shape": [3, 32, 32]}
     assert wanted.items() <= theirs.network.items() and theirs.dataset == "cifar10" and theirs.lengths == (600, 200)
-    for images, name, clean in zip(
-        (theirs.poisoned, theirs.triggered), ("train_poisoned", "asr_test"), cifar10, strict=True
-    ):
+    sets = zip((theirs.poisoned, theirs.triggered), ("train_poisoned", "asr_test"), cifar10, strict=True)
+    for images, name, clean in sets:
         assert images.index.tolist() == expected[name]["index"]
         assert images.labels.tolist() == expected[name]["stored_label"]
         assert images.true_labels.tolist() == expected[name]["true_label"]

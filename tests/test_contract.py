@@ -162,9 +162,7 @@ def folders(root: Path) -> dict[str, Any]:
     here = ("--record_root", str(root))
     output(lambda: main(["attack", "wanet", *TINY, *here, "--save_folder_name", "tiny"]))
     output(lambda: main(["defense", "sau", *QUICK, *here, "--result_file", "tiny", "--epochs", "1"]))
-    return {
-        kind: contents(folder) for kind, folder in (("attack", root / "tiny"), ("defense", root / "tiny/defense/sau"))
-    }
+    return {"attack": contents(root / "tiny"), "defense": contents(root / "tiny/defense/sau")}
 
 
 def contents(folder: Path) -> dict[str, list[str]]:

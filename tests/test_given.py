@@ -172,9 +172,8 @@ class Blocks(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.grad_checkpointing = grad_checkpointing
-        self.blocks = nn.Sequential(
-            nn.Flatten(), *[layer for _ in range(8) for layer in (nn.Linear(768, 768), nn.GELU())]
-        )
+        layers = [layer for _ in range(8) for layer in (nn.Linear(768, 768), nn.GELU())]
+        self.blocks = nn.Sequential(nn.Flatten(), *layers)
         self.head = nn.Linear(768, 4)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

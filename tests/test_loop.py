@@ -34,9 +34,8 @@ class Experiment:
         torch.manual_seed(1)
         self.net = TinyNet().train()
         self.batches = batches(kind)
-        self.descent = Training(lr=0.05, lr_scheduler="CosineAnnealingLR", epochs=EPOCHS).descent(
-            self.net.parameters(), len(self.batches)
-        )
+        recipe = Training(lr=0.05, lr_scheduler="CosineAnnealingLR", epochs=EPOCHS)
+        self.descent = recipe.descent(self.net.parameters(), len(self.batches))
         self.stop, self.updates, self.epochs, self.said = stop, 0, 0, []
         self.rows: dict[int, dict[str, float]] = {}
         self.session = RunContext(checkpoint=tape, on_epoch=self.on_epoch, say=self.said.append, save_every=save_every)
@@ -66,9 +65,8 @@ class Experiment:
 
     def run(self) -> "Experiment":
         state = {"model": self.net, "descent": self.descent, "a number": 3}
-        loop.run(
-            self.step, self.batches, EPOCHS, state=state, end_epoch=self.end_epoch, session=self.session, label="round"
-        )
+        how = {"state": state, "end_epoch": self.end_epoch, "session": self.session, "label": "round"}
+        loop.run(self.step, self.batches, EPOCHS, **how)
         return self
 
 

@@ -29,9 +29,8 @@ def test_attention_by_hand():
 def test_the_loss_of_a_step_by_hand():
     """Two convolutions in float64; the maps and their distances are computed anew, image by picture."""
     torch.manual_seed(0)
-    nets = [
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 3)).double() for _ in range(2)
-    ]
+    parts = ((nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 3)) for _ in range(2))
+    nets = [nn.Sequential(*layers).double() for layers in parts]
     x, y = torch.rand(5, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     defense = NAD(beta1=7.0, beta2=11.0, p=3.0, lr=1e-9, wd=0.0)
     state = {**defense.prepare(nets[0], range(1)), "teacher": nets[1].eval(), "weights": {"0": 7.0, "1": 11.0}}

@@ -88,9 +88,8 @@ REFERENCES = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimisers_are_those_of_torch_with_the_benchmarks_settings(name):
     """Six updates of p on the loss sum(c p^3 / 3), whose gradient c p^2 first rises and then falls."""
-    training = Training(
-        lr=0.1, lr_scheduler="constant", client_optimizer=name, sgd_momentum=0.8, wd=0.01, adam_betas=(0.7, 0.9)
-    )
+    how = {"lr_scheduler": "constant", "sgd_momentum": 0.8, "wd": 0.01, "adam_betas": (0.7, 0.9)}
+    training = Training(lr=0.1, client_optimizer=name, **how)
     ours, theirs = parameter(), parameter()
     descent, optimizer = training.descent([ours], 6), REFERENCES[name](theirs)
     for c in (0.1, 1.0, 2.0, 0.5, 0.1, 0.01):
@@ -135,9 +134,8 @@ def test_a_long_gradient_is_clipped_before_the_step():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_descent_goes_on_from_its_state(schedule, optimizer):
     """Three epochs at once, and one epoch, a checkpoint on disk, and two more: the same bits and rates."""
-    training = Training(
-        lr=0.1, lr_scheduler=schedule, client_optimizer=optimizer, epochs=3, steplr_stepsize=1, steplr_milestones=(1,)
-    )
+    how = {"epochs": 3, "steplr_stepsize": 1, "steplr_milestones": (1,)}
+    training = Training(lr=0.1, lr_scheduler=schedule, client_optimizer=optimizer, **how)
 
     def epochs(weights: nn.Parameter, descent: Descent, n: int) -> list[float]:
         rates = []

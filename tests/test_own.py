@@ -92,9 +92,8 @@ def test_the_page_of_a_purified_network_says_what_was_measured(net, pictures, tm
     assert [found[part]["acc"] for part in parts] in cells and "record/known, before" in page
     rates = [(found["risk"].get(part) or found[part]["risk"])["r_share_sau"] for part in parts]
     assert rates in cells
-    assert {f"{size:.1f}" for size in found["findings"]["verdict"]["sizes"].values() if size} <= {
-        *re.findall(r"[\d.]+", page)
-    }
+    sizes = {f"{size:.1f}" for size in found["findings"]["verdict"]["sizes"].values() if size}
+    assert sizes <= {*re.findall(r"[\d.]+", page)}
     assert "&lt;i&gt;red" in page and "<i>" not in page and "src=" not in page and "<script" not in page
     assert "leave them out for a network of your own" in refused("report", "record/mine", "--csv", "table.csv")
     assert "--beside is for the page of" in refused("report", "record", "--beside", "record/known")
@@ -113,9 +112,7 @@ def made():
     ([], "0,0,0", "the network classifies only 5 of 15 clean images correctly; check mean and std"),
     (["torch.nn.Softmax(1)"], None, "answers with probabilities, allowed are logits"),
 ])  # fmt: skip
-def test_a_network_that_is_used_otherwise_than_it_was_trained_is_told(
-    last, mean, said, pictures, tmp_path, here, monkeypatch
-):
+def test_a_network_that_is_used_otherwise_than_trained_is_told(last, mean, said, pictures, tmp_path, here, monkeypatch):
     """It is right about the three colours in [0, 1] alone; said before anything is measured, and kept."""
     monkeypatch.setattr("sau.loop.SILENCE", -1)
     (tmp_path / f"colours{len(last)}.py").write_text(COLOURS.format(last=f"[{', '.join(last)}]"))

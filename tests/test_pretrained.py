@@ -176,7 +176,6 @@ def test_the_image_tower_of_clip_is_purified_under_the_names_of_the_classes(defe
     prompts = open_clip.get_tokenizer(f"local-dir:{place}")([f"a photo of a {name}." for name in sorted(CLASSES)])
     theirs, words, scale = net(view(image)[None], prompts)
     ours = Normalized(opened.net, opened.said["mean"], opened.said["std"]).eval()
-    assert torch.allclose(
-        ours(to_float(opened.view.apply(image).to(torch.uint8)[None])), scale * theirs @ words.T, atol=0.2
-    )
+    logits = ours(to_float(opened.view.apply(image).to(torch.uint8)[None]))
+    assert torch.allclose(logits, scale * theirs @ words.T, atol=0.2)
     assert "0 = ant, 1 = cat, 2 = dog (names in the file)" in out

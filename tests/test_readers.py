@@ -88,9 +88,8 @@ def make_cifar100(root: Path, **other: object) -> Path:
 
 
 def equal(one: tuple[Images, Images], other: tuple[Images, Images]) -> bool:
-    return all(
-        torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels) for a, b in zip(one, other, strict=True)
-    )
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.pixels, b.pixels) and torch.equal(a.labels, b.labels) for a, b in pairs)
 
 
 def by_hand(paths: list[Path], size: int) -> torch.Tensor:

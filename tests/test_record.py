@@ -427,12 +427,10 @@ def test_weights_are_loaded_from_a_whole_folder(tmp_path):
 NETWORK = {"name": "n", "classes": 10, "width": 64, "shape": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3}
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"classes": 0}, {"classes": "10"}, {"width": -1}, {"shape": [3, 32]}, {"shape": None}]
-)
-def test_a_configuration_without_a_possible_network_is_refused(tmp_path, wrong):
+@pytest.mark.parametrize("bad", [{"classes": 0}, {"classes": "10"}, {"width": -1}, {"shape": [3, 32]}, {"shape": None}])
+def test_a_configuration_without_a_possible_network_is_refused(tmp_path, bad):
     record = begun(tmp_path / "a", run={"dataset_path": ".", "recipe": None}, data={"dataset": "digits"})
-    record.update_config(model={**NETWORK, **wrong})
+    record.update_config(model={**NETWORK, **bad})
     record.finish({})
     with pytest.raises(RecordError, match="make the folder again"):
         load(tmp_path / "a")

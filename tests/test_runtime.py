@@ -408,9 +408,7 @@ def test_the_precision_is_that_of_the_processor(monkeypatch, tmp_path, flags, wa
 @pytest.mark.parametrize(
     ("variable", "earlier", "wanted"), [(None, None, 3), ("5", 2, 5), ("4,2", None, 4), (None, 2, 2), ("0", None, 3)]
 )
-def test_threads_are_of_the_environment_else_of_the_interrupted_run_else_all_cores(
-    variable, earlier, wanted, monkeypatch
-):
+def test_threads_follow_the_environment_or_the_interrupted_run_or_the_cores(variable, earlier, wanted, monkeypatch):
     monkeypatch.setattr("joblib.cpu_count", lambda: 3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable is not None:

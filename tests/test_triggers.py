@@ -123,9 +123,7 @@ SSBA_SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("attack", "settings"), [(LF(lf_optimise=True), LF_SETTINGS), (SSBA(), SSBA_SETTINGS)], ids=["lf", "ssba"]
-)
+@pytest.mark.parametrize(("attack", "settings"), [(LF(lf_optimise=True), LF_SETTINGS), (SSBA(), SSBA_SETTINGS)])
 def test_whatever_changes_a_trigger_makes_it_another_one(attack, settings, monkeypatch):
     """Or one that was made for other settings would be taken from the cache; what comes after it changes nothing."""
     keys, clean = list[str](), [tiny_net()]
