@@ -55,7 +55,6 @@ class RunContext:
         stage: number of the run among those that share the checkpoint; see `for_stage`.
         findings: what a method found out beside the network, by name, for `summary.json`; all stages share it.
         no_bar: whether no progress bar is shown; None shows one in a terminal or a notebook.
-        data_checked: whether the caller has checked the clean images; else `purify` notes missing classes.
     """
 
     checkpoint: Any = None
@@ -69,7 +68,6 @@ class RunContext:
     stage: int = 0
     findings: dict[str, Any] = field(default_factory=dict)
     no_bar: bool | None = None
-    data_checked: bool = False
 
     @property
     def last_checkpoint(self) -> dict[str, Any] | None:

@@ -191,7 +191,7 @@ class RunLogger:
         evaluations = -(-self.epochs // self.run.eval_every)
         self.session = RunContext(
             checkpoint=self.record, on_epoch=self.on_epoch, say=self.record.log, note=self.record.update_config,
-            other_seconds=evaluations * self.evaluation_seconds, data_checked=True,
+            other_seconds=evaluations * self.evaluation_seconds,
         )  # fmt: skip
         if self.run.max_minutes:  # an epoch may end, and be evaluated, with the last update
             after = 2 * self.evaluation_seconds + self.closing_seconds

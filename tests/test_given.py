@@ -118,21 +118,18 @@ def test_small_and_lopsided_clean_sets_are_noted(rows, words):
 
 
 @pytest.mark.parametrize(("defense", "count", "wanted"), [
-    (FT(epochs=0, batch_size=8), 1, ["have none of 3 of 4 classes: 0, 1, 3"]),
-    (EP(batch_size=8), 2, ["the poisoned images have none of 2"]),
+    (FT(epochs=0, batch_size=8), 1, ["warning: the clean images have none of 3 of 4 classes: 0, 1, 3; the network"]),
+    (EP(batch_size=8), 2, ["note: the poisoned images have none of 2"]),
     (CLP(batch_size=8), 1, []),  # looks at no images
 ], ids=["clean", "poisoned", "blind"])  # fmt: skip
 def test_a_notebook_is_told_what_a_command_says_of_the_clean_set(defense, count, wanted):
     some, said = toy_images(40, seed=6)[torch.arange(2, 2 + count)], list[str]()
-    for data in ((some.pixels, some.labels), [(some.pixels, some.labels)]):
+    for data, progress in (((some.pixels, some.labels), True), ([(some.pixels, some.labels)], False)):
         said.clear()
-        defense.purify(tiny_net(), data, session=RunContext(say=said.append))
-        notes = [line for line in said if line.startswith("note: ")]
-        assert len(notes) == len(wanted) and all(text in note for text, note in zip(wanted, notes, strict=True))
-    said.clear()
-    defense.purify(tiny_net(), data, session=RunContext(say=said.append, data_checked=True), progress=False)
-    forget = "warning: the network may forget 3 of 4 classes, of which there is no clean image; give some of each class"
-    assert not any(line.startswith("note: ") for line in said) and said.count(forget) == (defense.name == "ft")
+        defense.purify(tiny_net(), data, session=RunContext(say=said.append), progress=progress)
+        notes = [line for line in said if " images have none of " in line]
+        assert len(notes) == len([line for line in wanted if progress or line.startswith("warning: ")])
+        assert all(note.startswith(text) for text, note in zip(wanted, notes, strict=False))
 
 
 def test_the_record_keeps_what_was_said_of_the_clean_set(victim, tmp_path, here):

@@ -198,11 +198,9 @@ def check_before(method: Any, model: normalized.Normalized, batches: Batched, se
             session.say("warning: the loader gives the images class by class; give one that shuffles")
         if (joined := getattr(batches, "joined", 1)) > 1:
             session.say(f"note: the loader's batches of one image are joined to batches of {joined}")
-        for note in check_counts(counts, method.data_use) if not session.data_checked else ():
-            session.say(f"note: {note}")
-        if method.data_use == "clean" and present < classes:
-            which = f"{classes - present} of {classes} classes, of which there is no clean image"
-            session.say(f"warning: the network may forget {which}; give some of each class")
+        for missing in check_counts(counts, kind):
+            clean = kind == "clean"
+            session.say(f"warning: {missing}; the network may forget them" if clean else f"note: {missing}")
     return right / total, total
 
 
