@@ -138,7 +138,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
     if not (learned := has_learned(final.acc, train.num_classes)):
-        record.log(f"warning: the network did not learn: ACC {final.acc.percent:.1f}; try more --epochs")
+        record.log(f"warning: ACC {final.acc.percent:.1f} is too low for an ASR to count; try more --epochs")
     if gate := method.gate(dataset, final.asr):
         _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
         gate["passed"] &= learned
@@ -166,8 +166,8 @@ def defend(name: str, argv: Sequence[str]) -> None:
     _warn_below(record, given.gate, before, "the attack of this record", "results of defenses on it say nothing")
     risks = None
     if run.track_risk or given.own:  # `purify` leaves the network as it is, so that it is the reference throughout
-        each = seconds / (len(test) + (len(triggered) if triggered else 0))
-        forecast("the search for the risks", each * passes(run.search()) * min(len(test), run.risk_samples), record.log)
+        images, each = min(len(test), run.risk_samples), seconds / (len(test) + (len(triggered) if triggered else 0))
+        forecast("the search for the risks", images * each * passes(run.search(), bool(triggered)), record.log)
         risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat, searched = risks and risks(model), time.monotonic() - begun - seconds
     # Each evaluation measures the risks, or only the end does.
@@ -218,8 +218,9 @@ def _keep(record: Record, fixed: nn.Module, model: nn.Module, given: subject.Sub
 def _warn_below(record: Record, gate: dict[str, Any] | None, found: Score, which: str, advice: str) -> None:
     """Warn of an attack that is below its gate; see `Attack.gate`."""
     if gate and not gate["passed"] and found.asr:
-        asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}, at ACC {found.acc.percent:.1f}"
-        record.log(f"warning: {which} did not take: {asr}; {advice}")
+        asr = f"ASR {found.asr.percent:.1f}, gate {gate['asr']:g}"
+        why = asr if found.asr.percent < gate["asr"] else f"ACC {found.acc.percent:.1f} is too low"
+        record.log(f"warning: {which} did not take: {why}; {advice}")
 
 
 def _trigger(

@@ -100,7 +100,8 @@ def lacks_memory(error: BaseException) -> bool:
 
 def run_command(main: Callable[[], int | None], resume: str = "") -> int:
     """Run `main` and return its exit status (None is 0); an expected error is one line on stderr: 2 for a mistake of
-    the user, 1 for any other (disk, memory, a locked folder), 130 for Ctrl-C or SIGTERM."""
+    the user, 1 for any other (disk, memory, a locked folder), 130 for Ctrl-C or SIGTERM; `resume` is what the line then
+    adds on how to go on."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be text
     with suppress(ValueError):  # only the main thread may handle signals

@@ -17,7 +17,7 @@ from sau.models.normalized import check_labels, classifier, eval_mode, forward_h
 # In percent, for the words of `conclusion`: at most this ASR is left of a backdoor that is gone, which costs no more
 # ACC than this, and at least this R-ACC is right again.
 GONE, COST, RIGHT = 10.0, 5.0, 70.0
-LEARNED = 0.2  # of the way from chance to all images: a network that errs more has learned nothing
+LEARNED = 0.2  # of the way from chance to all images: of a network that is worse an ASR says nothing
 NORM_BATCH = 256  # images at a time for statistics of batch norm
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # images; the caches of a CPU do not hold the activations of more
 
@@ -207,7 +207,7 @@ def table(rows: dict[str, Score]) -> str:
 
 
 def has_learned(acc: Proportion, classes: int) -> bool:
-    """Whether the accuracy is well above chance; if not, an ASR says nothing, as of a network with one answer."""
+    """Whether the accuracy is well above chance; a network with a single answer may have an ASR of 100 %."""
     return acc.exact / 100 >= LEARNED + (1 - LEARNED) / classes
 
 
@@ -243,7 +243,7 @@ def conclusion(before: Score, after: Score, took: bool = True, images: bool = Tr
     asr, racc = _change(before.asr, after.asr), _change(before.racc, after.racc)
     if not took or before.asr.percent <= GONE:
         first = f"The attack did not take, so nothing can be said of the backdoor: ASR {asr}"
-        return f"{first}\n{cost}\nNext: an attack with a higher ASR, then this defense again."
+        return f"{first}\n{cost}\nNext: an attack with a higher ASR or ACC, then this defense again."
     more, right = "more clean images (--ratio) or " if images else "", bool(after.racc and after.racc.percent >= RIGHT)
     if after.asr.percent > GONE:
         first = "weaker, but not gone" if after.asr.percent <= before.asr.percent / 2 else "still there"

@@ -276,9 +276,9 @@ def duration(seconds: float) -> str:
 
 
 def forecast(what: str, seconds: float, say: Callable[[str], None]) -> None:
-    """Say how long `what`, which prints nothing meanwhile, takes, if it is long."""
+    """Say about how long `what`, which prints nothing meanwhile, takes, if it is long."""
     if seconds > SILENCE:
-        say(f"note: {what} takes about {duration(seconds)} without a line")
+        say(f"note: {what} may take {duration(seconds)}, and prints nothing meanwhile")
 
 
 def short(value: float) -> str:

@@ -136,9 +136,9 @@ def gauge(
     return lambda model: measure(model, reference, some, bad, search, seed=seed)
 
 
-def passes(search: Search) -> int:
-    """Passes of an image that `measure` takes at most, without triggered images."""
-    return 4 * SAU.adv_steps + 6 * search.steps * search.restarts
+def passes(search: Search, triggered: bool) -> int:
+    """Passes of an image that `measure` takes at most."""
+    return 4 * SAU.adv_steps + 6 * search.steps * (search.restarts + triggered)
 
 
 def margins(z: Logits) -> Tensor:

@@ -173,8 +173,8 @@ def _check_classes(model: nn.Module, images: Images, place: Path) -> None:
             logits = logits_of(model, to_float(images.pixels[:8]))
     except DataError as error:
         size = "x".join(map(str, images.pixels.shape[1:]))
-        advice = "; give the network's own size with --input_size; gray images need Python and `purify`"
-        raise ConfigError(f"images are {size}; {error}{advice * (' accept images ' in str(error))}") from None
+        advice = "if it takes another size, give it with --input_size; gray images need Python and `purify`"
+        raise ConfigError(f"images are {size}; {error}; {advice}") from None
     if logits.shape[-1] != images.num_classes:
         got = f"{place} has {images.num_classes} class folders, the network answers {logits.shape[-1]} classes"
         raise ConfigError(f"{got}; give a folder for each, named by its number (0, 1, 2, ...) or in the same order")

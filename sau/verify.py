@@ -12,7 +12,7 @@ from sau.errors import MALFORMED, DataError, RecordError, SauError
 from sau.evaluate import Proportion, Score, der, score
 from sau.record import attack_result
 from sau.record.attack_result import AttackResult
-from sau.record.folder import CONFIG, DEFENSE, OWN, Record, read_config, run_kind
+from sau.record.folder import CONFIG, DEFENSE, OWN, SUMMARY, Record, read_config, run_kind
 
 TOLERANCE = 0.001  # share of the images whose prediction may differ: processors round differently
 
@@ -59,7 +59,7 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
         return checks
     checks.append(_check("figures", lambda: _figures(path, {"": path}, measured)))
     for folder in sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir()):
-        if not Record(folder).finished and (folder / CONFIG).exists():
+        if (folder / CONFIG).exists() and not Record(folder).finished and not (folder / SUMMARY).exists():
             checks.append(Check(folder.name, "not checked", "it is unfinished; repeat its command to go on"))
             continue
         checks.append(_check(f"{folder.name}: files", partial(_files, folder)))

@@ -130,7 +130,8 @@ def test_other_loaders_keep_their_batches():
     pixels = torch.zeros(68, 3, 4, 4)
     dataset = TensorDataset(pixels, torch.arange(68))
     own = [dataset[:4], dataset[4:36], dataset[36:]]
-    for loader in (own, DataLoader(dataset, batch_sampler=[range(4), range(4, 36), range(36, 68)])):
+    single = DataLoader(own, collate_fn=lambda rows: rows[0])
+    for loader in (own, single, DataLoader(dataset, batch_sampler=[range(4), range(4, 36), range(36, 68)])):
         batches = clean_batches(loader, 256, torch.device("cpu"), (None, None), 0)
         assert [len(y) for _, y in batches] == [4, 32, 32] and len(batches) == 3
     same = torch.zeros(2).long()  # a loader may fill the same memory again

@@ -299,6 +299,7 @@ BAD: list[tuple[str, Any, str]] = [  # what is wrong, data, what the refusal nam
     ("an empty pair", (x[:0], y[:0]), "empty"),
     ("an empty loader", [], "empty"),
     ("only pixels", x, "Tensor"),
+    ("several sizes", DataLoader([(x[0], 0), (x[0][:, :4], 1)]), "several sizes"),
     ("a data set", TensorDataset(x, y), "DataLoader(data, 32, shuffle=True)"),
     ("a generator", ((x, y) for _ in range(2)), "generator"),
     ("an iterator", iter(triples(x, y)), "DataLoader with a length"),

@@ -90,6 +90,7 @@ def test_names_decide_and_never_positions(tmp_path):
     (lambda own: {name: value.to(torch.int8) for name, value in own.items()}, "torch.int8"),
     (lambda own: {**own, "linear.bias": own["linear.bias"] + float("nan")}, "not finite"),
     (lambda own: {**own, "linear.bias": own["linear.bias"].double() + 1e300}, "not finite"),
+    (lambda own: {**own, "layer1.0.bn1.num_batches_tracked": torch.tensor(float("nan"))}, "not finite"),
     (lambda own: {**own, "linear.bias": torch.zeros(1).expand(7)}, "holds fewer values"),
 ])  # fmt: skip
 def test_weights_of_another_network_or_kind_are_refused(change, word, tmp_path):

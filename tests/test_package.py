@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from toys import own_answers, pair, tiny_net, toy_images
+from toys import pair, tiny_net, toy_images
 
 import sau
 from sau import loop
@@ -27,14 +27,14 @@ def test_the_names_at_the_top_are_those_of_their_modules():
 
 
 def test_without_progress_only_warnings_are_printed(monkeypatch, capsys):
-    hidden = []
+    (x, y), hidden = pair(24), []
+    net = FT(epochs=30, lr=0.05, batch_size=8).purify(tiny_net(), (x, y), settings="as_given")
     monkeypatch.setattr(loop, "tqdm", lambda batches, *args, **given: hidden.append(given["disable"]) or batches)
-    x, y = own_answers(tiny_net(), pair(8)[0])
-    FT(epochs=2).purify(tiny_net(), (x, y))
+    FT(epochs=2).purify(net, (x, y), settings="as_given")
     assert capsys.readouterr().out and hidden == [None, None]  # as tqdm decides
-    FT(epochs=2).purify(tiny_net(), (x, y), progress=False)
+    FT(epochs=2).purify(net, (x, y), progress=False, settings="as_given")
     images = BadNet(pratio=0.2).poison_train(toy_images(40), 0)
     BadNet().fit(tiny_net(), images, Training(epochs=1, batch_size=20, lr_scheduler="constant"), progress=False)
     assert capsys.readouterr() == ("", "") and hidden[2:] == [True] * 3
-    FT(epochs=1).purify(tiny_net(), (x, (y + 1) % 4), progress=False)
+    FT(epochs=1).purify(net, (x, (y + 1) % 4), progress=False)
     assert all(line.startswith("warning: ") for line in capsys.readouterr().out.splitlines())

@@ -140,7 +140,7 @@ def test_what_is_refused_in_one_line(kind, file, keys, said, networks, clean, tm
     torch.save({}, place / "model.safetensors")
     assert "is no safetensors file" in refused(*flags(place, clean))
     (place / "model.safetensors").unlink()
-    assert "has no model.safetensors; save the network with safe_serialization=True" in refused(*flags(place, clean))
+    assert "has no model.safetensors; save the network as one such file" in refused(*flags(place, clean))
 
 
 def test_a_name_of_timm_with_a_weights_file(clean, tmp_path, here, refused, monkeypatch):

@@ -209,7 +209,7 @@ def test_an_attack_that_did_not_take_is_marked_and_in_no_rank_or_mean(tmp_path, 
     text, found = build(tmp_path)
     assert (cells(tmp_path)["badnet", "sau"].rank, cells(tmp_path)["sig", "sau"].rank) == (1, 0)
     rows = {(row["attack"], row["defense"]): row for row in json.loads(as_json(found))}
-    why = "gate of ASR 85 missed on 1 of 2 networks"
+    why = "ASR below 85 or ACC too low on 1 of 2 networks"
     assert rows["sig", "sau"]["did_not_take"] == rows["sig", "none"]["did_not_take"] == why
     assert rows["badnet", "sau"]["did_not_take"] is None and rows["sig", "sau"]["rank"] is None
     outputs = {name: script("tables.py", name, str(tmp_path))[1] for name in ("table", "seeds")}
@@ -225,7 +225,7 @@ def test_an_attack_that_did_not_take_is_marked_and_in_no_rank_or_mean(tmp_path, 
 
 def test_the_gate_in_the_summary_of_a_defense_marks_its_attack(tmp_path):
     note(defense(attack(tmp_path, "sig", asr=1.9), "sau"), {"gate": {"asr": 85.0, "passed": False}})
-    assert {cell.dead for cell in cells(tmp_path).values()} == {"gate of ASR 85 missed on 1 of 1 networks"}
+    assert {cell.dead for cell in cells(tmp_path).values()} == {"ASR below 85 or ACC too low on 1 of 1 networks"}
 
 
 def compared(root: Path, name: str = "sau") -> dict[str, PairedComparison]:

@@ -92,8 +92,10 @@ def test_a_forgery_is_found(name, copied):
 def test_damage_is_found(copied):
     (copied / "defense" / "ft" / "log.txt").write_text("x")
     assert states(copied)["ft: files"] == "wrong" and "ft: figures" not in states(copied)
-    (copied / "defense" / "ft" / "manifest.json").unlink()  # as of a run that was interrupted
-    assert states(copied)["ft"] == "not checked" and "wrong" not in states(copied).values()
+    (copied / "defense" / "ft" / "manifest.json").unlink()
+    assert states(copied)["ft: files"] == "wrong"
+    (copied / "defense" / "ft" / "summary.json").unlink()  # as of a run that was interrupted
+    assert (found := states(copied))["ft"] == "not checked" and "wrong" not in found.values()
 
 
 def test_without_the_data_set_nothing_is_scored(copied, monkeypatch):

@@ -21,8 +21,8 @@ def inspect(path: Path, to: Path | None = None) -> Report:
     """Look into a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, a folder of ours or one that `pretrained` opens.
 
     If the verdict is harmless, its tensors are written to the new file `to` as safetensors: those of the network under
-    their own names if one was recognised, else all. OSError if there is no file `path`, RecordError if `to`
-    exists, cannot be written, or would have to hold complex numbers.
+    their own names if one was recognised, else all. OSError if there is no file `path`, RecordError if a folder has no
+    weights, or if `to` exists, cannot be written, or would have to hold complex numbers.
 
     Returns:
         path, bytes, sha256, format, tensors (name, shape, dtype, values, nan), network (see `Guess`, or None), classes

@@ -87,7 +87,8 @@ def weights_file(folder: Path) -> Path:
     """The file with the weights of a folder; RecordError if it is not there."""
     path = folder / (CLIP_WEIGHTS if (folder / CLIP_CONFIG).exists() else WEIGHTS)
     if not path.exists():
-        raise RecordError(f"{folder} has no {path.name}; save the network with safe_serialization=True")
+        how = "save the network as one such file (timm: safe_serialization=True)"
+        raise RecordError(f"{folder} has no {path.name}; {how}")
     return path
 
 

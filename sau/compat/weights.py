@@ -82,12 +82,13 @@ def _names(value: Any) -> list[str] | None:
 def fit(value: Tensor, own: Tensor, name: str) -> Tensor:
     """`value` in the type of `own`: any float for a float, any type for a count (`num_batches_tracked`), else the same
     type; RecordError if it is not finite."""
-    if value.dtype != own.dtype and own.ndim and not (value.is_floating_point() and own.is_floating_point()):
+    count, floats = own.dtype == torch.int64 and not own.ndim, value.is_floating_point() and own.is_floating_point()
+    if value.dtype != own.dtype and not (count or floats):
         raise RecordError(f"{name} has type {value.dtype}, allowed is {own.dtype}")
-    value = value.to(own.dtype).contiguous()
-    if not bool(torch.isfinite(value).all()):
+    cast = value.to(own.dtype).contiguous()
+    if not bool((torch.isfinite(value) & torch.isfinite(cast)).all()):
         raise RecordError(f"{name} holds a value that is not finite (NaN or infinity)")
-    return value
+    return cast
 
 
 def file_format(raw: bytes) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from sau.config import check, param
 from sau.errors import DataError, require
@@ -173,7 +173,7 @@ def clean_batches(data: Any, size: int, device: torch.device, stats: Statistics,
         pixels, labels = checked(data[0], data[1], stats)
         check_normalised(float(data[0].min()), float(data[0].max()), stats)
         return Batches(pixels.to(device), (labels.to(device),), size, seed)
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise DataError(f"clean data is a data set; give DataLoader(data, {SMALLEST_BATCH}, shuffle=True) of torch")
     with suppress(TypeError):  # from `len`, also that of a DataLoader over an endless stream
         if not isinstance(data, Tensor | Iterator) and len(data) >= 0:
@@ -233,9 +233,10 @@ class _Loader:
         self.augment: Augment | None = None
         self.epoch, self.size = 0, None  # the loader's own
         self.length = len(loader)
-        sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-        self.joined = SMALLEST_BATCH if size == 1 and isinstance(sampler, Sized) else 1  # of its batches make one
-        if isinstance(sampler, Sized) and size and (size == 1 or not getattr(loader, "drop_last", True)):
+        sampler, size, collate = (getattr(loader, name, None) for name in ("sampler", "batch_size", "collate_fn"))
+        single = size == 1 and isinstance(sampler, Sized) and collate is default_collate
+        self.joined = SMALLEST_BATCH if single else 1  # so many of its batches make one
+        if isinstance(sampler, Sized) and size and (single or not getattr(loader, "drop_last", True)):
             self.length = count_batches(len(sampler), size * self.joined)
 
     def __len__(self) -> int:
@@ -245,8 +246,10 @@ class _Loader:
         generator, batches, count = epoch_generator(self.seed, self.epoch), self._checked(), 0
         for count, first in enumerate(batches, 1):
             rest = None if count == self.length else self.joined - 1
-            more = islice(batches, rest) if self.length < len(self.loader) else ()
-            x, y = map(torch.cat, zip(first, *more, strict=True))
+            parts = [first, *(islice(batches, rest) if self.length < len(self.loader) else ())]
+            if len(sizes := {tuple(x.shape[1:]) for x, _ in parts}) > 1:
+                raise DataError(f"images of several sizes, {sorted(sizes)[:2]}; resize them to one, or give batches")
+            x, y = map(torch.cat, zip(*parts, strict=True))
             yield self.augment(x, generator) if self.augment else x, y
         if not count:
             raise DataError(EMPTY)
@@ -291,10 +294,3 @@ def rebatch(x: Tensor, y: Tensor, like: Batched) -> Batches:
     """Images made of those of `like`, with its size of batches, seed and augmentation."""
     given: Any = like
     return Batches(x, (y,), given.size, given.seed, given.augment)
-
-
-def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:
-    """A line that names the first classes of which a defender has no image of this `kind`, by the `counts` [K]."""
-    missing = (counts == 0).nonzero().flatten().tolist()
-    names = ", ".join(map(str, missing[:10]))
-    return [f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}"] if missing else []

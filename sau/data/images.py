@@ -138,3 +138,10 @@ def last_of_each(labels: Labels, share: float) -> Tensor:
         mine = (labels == label).nonzero().flatten()
         last[mine[len(mine) - min(len(mine) - 1, max(1, round(share * len(mine)))) :]] = True
     return last
+
+
+def check_counts(counts: Tensor, kind: str = "clean") -> list[str]:
+    """A line that names the first classes of which a defender has no image of this `kind`, by the `counts` [K]."""
+    missing = (counts == 0).nonzero().flatten().tolist()
+    names = ", ".join(map(str, missing[:10]))
+    return [f"the {kind} images have none of {len(missing)} of {len(counts)} classes: {names}"] if missing else []

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from sau.data import readers
-from sau.data.batches import Augment, check_counts, quantise
-from sau.data.images import Images
+from sau.data.batches import Augment, quantise
+from sau.data.images import Images, check_counts
 from sau.errors import ConfigError, DataError, require
 
 MAX_SIZE = 1024  # height and width in pixels of the largest images

@@ -100,7 +100,7 @@ class Defense(Method, ABC):
         if batches:  # the user's
             changed.pop("batch_size", None)
         kept, to = given.keys() & {*rates, *changed}, f"to {images:,} images and this network"
-        if changed and kept:
+        if kept and any(self.params()[name] != value for name, value in changed.items()):
             why = f"no setting is adapted {to}, because you gave {', '.join(sorted(kept))}"
             say(f"warning: the backdoor may stay: {why}")
         elif changed:
@@ -150,8 +150,8 @@ class Defense(Method, ABC):
             settings: auto adapts published settings to clean set and network, and says so, unless you give one that
                 would change (but the batch size), or a rate, schedule or optimiser; or as_given.
 
-        Raises ConfigError for a wrong seed, an oracle without a judge and what is no network or lacks layers that are
-        needed, DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
+        Raises ConfigError for a wrong argument, an oracle without a judge and what is no network or lacks layers that
+        are needed, DataError if images or labels are not as above, TrainingError if weights or losses are not finite.
         """
         session = (session or RunContext()) if progress else (session or RunContext()).quiet()
         session.findings.clear()
@@ -168,9 +168,9 @@ class Defense(Method, ABC):
             batches: Any = clean_batches(data, self.batch_size, place, stats, seed)
             x, y = first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
-                judged = self.gradients != "none" and checks.check_gradients(self, owned, x)
+                judged = checks.check_gradients(self, owned, x)
                 right, images = checks.check_before(self, owned, batches, session)
-            attacked = checks.copy_to(owned, place) if judged and self.data_use != "poisoned" else None
+            attacked = checks.copy_to(owned, place) if judged else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
             given = {one.name: one.default for one in fields(self) if getattr(self, one.name) != one.default}
             method = self if settings == "as_given" else self.fitted(given, owned, images, session.say, per_epoch)
@@ -180,11 +180,11 @@ class Defense(Method, ABC):
             count = len(x) if per_epoch else min(method.batch_size, images)
             count = max(count, images - count * (len(batches) - 1))  # the last batch may have a few more
             with seeded(seed):
-                twice = self.gradients != "none" and checks.check_cost(method, owned, x, count, session.say)
+                twice = self.gradients != "none" and checks.check_cost(method, owned, x, count, judged, session.say)
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
-            if attacked is not None and (verdict := checks.compare(attacked, owned, x, y, session.say)):
-                session.findings["verdict"] = verdict
+            if attacked is not None and (found := checks.compare(attacked, owned, x, y, session.say)):
+                session.findings["verdict"] = found
             if twice:
                 owned.net.set_grad_checkpointing(False)  # type: ignore[operator]
             return checks.restore(owned if owned is mine else owned.net, model, frozen)

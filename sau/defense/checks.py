@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.data.batches import check_counts, first_batch, seeded, unaugmented
+from sau.data.batches import first_batch, seeded, unaugmented
+from sau.data.images import check_counts
 from sau.device import free_memory
 from sau.errors import ConfigError, TrainingError, lacks_memory
 from sau.loop import RunContext, forecast
@@ -76,8 +77,11 @@ def restore(mine: nn.Module, model: nn.Module, frozen: Iterable[nn.Parameter]) -
 
 
 def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
-    """Whether the logits of `model` have a gradient to its images `x`. ConfigError if they are probabilities, or have
-    none to the weights, or to the images where `method` needs that."""
+    """Whether a verdict is possible: `method` follows gradients on clean images, and the logits of `model` have one to
+    its images `x`. ConfigError if they are probabilities, or have none to the weights, or to the images where `method`
+    needs that."""
+    if method.gradients == "none":
+        return False
     with torch.enable_grad():
         normalized.check_logits(z := normalized.logits_of(model, x := x[:8].detach().requires_grad_()))
         into = (x, *model.parameters())
@@ -86,7 +90,7 @@ def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
     if missing := [name for name in ("weights", method.gradients) if not follows[name]]:
         advice = "take no_grad, detach or numpy out of its forward, or try clp, bnp or ep"
         raise ConfigError(f"the logits have no gradient to the {missing[0]}, as {method.name} needs; {advice}")
-    return follows["images"]
+    return follows["images"] and method.data_use != "poisoned"
 
 
 def search_seconds(model: nn.Module, x: Pixels) -> float:
@@ -94,15 +98,18 @@ def search_seconds(model: nn.Module, x: Pixels) -> float:
     with torch.no_grad():
         for _ in range(2):  # the first pass also sets the device up
             started = time.monotonic()
-            float(model(x[:8]).sum())  # waits for it
-    return (time.monotonic() - started) / len(x[:8]) * 3 * STEPS * CLASSES * FEW
+            logits = model(x[:8])
+            float(logits.sum())  # waits for it
+    passes = 3 * STEPS * min(CLASSES, logits.shape[1]) * min(FEW, len(x))
+    return passes * (time.monotonic() - started) / len(logits)
 
 
-def check_cost(method: Any, model: nn.Module, x: Pixels, count: int, say: Callable[[str], None]) -> bool:
-    """Before updates on `count` images like `x`: say what they and the searches for patches take where that is much.
-    Where there is less memory, warn, or have the network compute its activations twice; returns whether it does."""
-    more = 3 if getattr(method, "patches", 0) else 0  # SAU's own searches: six of 20 images, not one of 40
-    forecast("the search for patches", (1 + more) * search_seconds(model, x), say)
+def check_cost(method: Any, model: nn.Module, x: Pixels, count: int, verdict: bool, say: Callable[[str], None]) -> bool:
+    """Before updates on `count` images like `x`: say what they and the searches for patches, of SAU and for the verdict
+    if there is one, take where that is much. Where there is less memory, warn, or have the network compute its
+    activations twice; returns whether it does."""
+    searches = verdict + (3 if getattr(method, "patches", 0) else 0)  # SAU's are six, of half as many images
+    forecast("the search for patches", searches * search_seconds(model, x) if searches else 0.0, say)
     needed, free = update_bytes(model, x, count), free_memory(x.device)
     if twice := needed > free and checkpointed(getattr(model, "net", model)):
         say("activations are computed twice (activation checkpointing), for memory would not hold them")
@@ -188,7 +195,8 @@ def check_before(method: Any, model: normalized.Normalized, batches: Batched, se
         usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
         few = f"the network classifies only {right:,} of {total:,} {kind} images correctly"
         session.say(f"warning: {few}; {usual}, unless it was trained too little")
-    if model.mean is None and right < RIGHT * total and (more := normalised(model, batches)) > right + HARM * total:
+    more = normalised(model, batches) if model.mean is None and right < RIGHT * total else 0
+    if more > right + max(HARM * total, 5):
         found = f"on normalised images it classifies {more:,} of {total:,} correctly"
         session.say(f"warning: {found}; give the mean and std that the network was trained with")
     if method.data_use != "none":
@@ -230,7 +238,7 @@ def compare(
     Returns sizes of patches in pixels, None where there is none: `sizes`, by class, of the smallest that send 9 of 10
     images there in the attacked network, their smallest `before` and median `typical` (the larger of two); `after`, the
     one of `before`, grown until it sends half of the images there in the purified network, too. And `doubts`: whether
-    too little changed to have removed a backdoor. Nothing, with a warning, where memory ran out.
+    a small patch still leads both networks. Nothing, with a warning, where memory ran out.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
     say("last, the smallest patches are searched, of the network before and after")  # a minute or two on a CPU

@@ -152,7 +152,7 @@ def _ranked(attack: tuple[str, str], defenses: dict[Variant, list[Result]]) -> l
     every = [result for results in defenses.values() for result in results]
     count = len({result.attack_path for result in every})
     missed = {result.attack_path: result.missed_gate for result in every if result.missed_gate is not None}
-    dead = f"gate of ASR {max(missed.values()):g} missed on {len(missed)} of {count} networks" if missed else ""
+    dead = f"ASR below {max(missed.values()):g} or ACC too low on {len(missed)} of {count} networks" if missed else ""
     cells = [TableCell(*attack, name, own, tuple(results), dead) for (name, own, _), results in defenses.items()]
     merits = sorted({cell.merit for cell in cells if cell.competes})[:2]
     cells = [replace(cell, rank=merits.index(cell.merit) + 1) if cell.competes and cell.merit in merits else cell
