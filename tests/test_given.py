@@ -56,8 +56,8 @@ def test_statistics_that_were_forgotten_or_are_others_are_told():
     for how in ({}, own):
         given, session = normalised(x, **how) if how else x, RunContext(say=said.append)
         TUNE.purify(net, (given, y), session=session, progress=False, **how)
-    wanted = "warning: on normalised images it classifies 40 of 40 correctly; give the mean and std that the network was "
-    assert [line for line in said if " normalised images " in line] == [f"{wanted}trained with"]
+    wanted = "warning: on normalised images it classifies 40 of 40 correctly; give the mean and std that the network "
+    assert [line for line in said if " normalised images " in line] == [f"{wanted}was trained with"]
     with refuses(DataError, "or other mean and std"):
         TUNE.purify(tiny_net(), (normalised(x), y), mean=(0.5,) * 3, std=(0.5,) * 3, session=quiet())
 
