@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sau.errors import OutOfMemory, first_line, lacks_memory
+from sau.errors import ConfigError, OutOfMemory, first_line, lacks_memory
 from sau.loop import RunContext
 from sau.models.normalized import copied
 from sau.optim import Descent, Method
@@ -77,6 +77,13 @@ class MicroBatchedStep:
         return merged
 
 
+def checked(made: Any) -> Report:
+    """What a step returned; ConfigError unless it is what a step must return."""
+    if not isinstance(made, dict) or not all(isinstance(x, Tensor) and not x.ndim for x in made.values()):
+        raise ConfigError(f"step returned {str(made)[:60]}, allowed is a dict of names and tensors of one number")
+    return made
+
+
 class GraphedStep:
     """A step that runs eagerly on the first batch of each shape, is captured then, and replayed for later batches.
 
@@ -87,7 +94,7 @@ class GraphedStep:
 
     def __init__(self, step: Step, state: dict[str, Any], session: RunContext, *, enabled: bool) -> None:
         self.session = session
-        self.step = lambda x, y: {name: value.detach() for name, value in step(state, x, y).items()}
+        self.step = lambda x, y: {name: value.detach() for name, value in checked(step(state, x, y)).items()}
         self.descents = [thing for thing in state.values() if isinstance(thing, Descent)]
         networks = [getattr(thing, "__self__", thing) for thing in state.values()]  # or the method of one
         # A fused optimiser can read its rates from the device's memory.

@@ -59,8 +59,11 @@ def run(given: argparse.Namespace) -> None:
         say("note: --control is missing, so bec is left out and there is nothing to compare with")
         chosen["parts"] = tuple(part for part in PARTS if part != "bec")
     config = AuditConfig(**chosen)
-    for name, control in zip(given.result_file, controls, strict=True):
-        attacked = find(given.record_root, name)
+    records = [find(given.record_root, name) for name in given.result_file]
+    for attacked in records:
+        if (there := (given.out or attacked / "audit") / RESULT).exists():
+            raise ConfigError(f"{there} is an audit already; remove it, or name another folder with --out")
+    for attacked, control in zip(records, controls, strict=True):
         case = open_case(
             attacked, given.defense, control and find(given.record_root, control), dataset_path=given.dataset_path,
             samples=given.samples, amp=None if given.amp is None else given.amp == "true", where=where,

@@ -41,10 +41,8 @@ def defense(attacked: Path, name: str = "sau", seed: int = 0, *, acc: float = 88
     record.begin(config, {**method, "clean": str(seed) * 64, "attacked": digest, "random_seed": seed}, False)
     facts = {"method": method, "data": {"dataset": dataset}, "model": NETWORK}
     record.update_config(**facts, attacked=digest, clean_index=list(range(100)))
-    first, last = (
-        {"epoch": epoch, "loss": 1 / epoch, "clean_loss": 0.5 / epoch, "type1": 900.0, "seconds": 1.0 * epoch}
-        for epoch in (1, 2)
-    )
+    first = {"epoch": 1, "loss": 1.0, "clean_loss": 0.5, "type1": 900.0, "seconds": 1.0}
+    last = {"epoch": 2, "loss": 0.5, "clean_loss": 0.25, "type1": 900.0, "seconds": 2.0}
     _rows(record, [first, {**last, "acc": acc, "asr": asr, "racc": 80.0}])
     record.save_tensors("model", {"weight": torch.zeros(3)})
     before, after = scores(90.0, None if asr is None else 98.0, 1.5), scores(acc, asr, None if asr is None else 80.0)

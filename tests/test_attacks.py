@@ -68,6 +68,8 @@ def test_a_stamp_is_differentiable_and_refuses_bytes(row):
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
     with pytest.raises(DataError, match="torch.uint8"):
         row.attack.stamp(toy_images(2, size=32).pixels)
+    with pytest.raises(DataError, match="torch.uint8"):
+        quantise(toy_images(2).pixels)
 
 
 def test_stamping_in_blocks_is_stamping_at_once():

@@ -366,7 +366,8 @@ def test_the_script_does_without_a_control_what_can_be_done(victim, script):
     status, out, _ = script("audit.py", *flags, "--out", "elsewhere")
     assert status == 0 and out.startswith("note: --control is missing") and "existence" not in out
     assert Path("elsewhere/audit.png").stat().st_size > 0
-    for wrong, key in ((("--parts", "bec"), "bec"), (("--control", "a", "b"), "control")):
+    there = ("--out", "elsewhere"), "is an audit already"
+    for wrong, key in ((("--parts", "bec"), "bec"), (("--control", "a", "b"), "control"), there):
         status, _, err = script("audit.py", *flags, *wrong)
         assert status == 2 and key in the_error(err)
 

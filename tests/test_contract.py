@@ -43,9 +43,8 @@ FROZEN = json.loads(CONTRACT.read_text())
 METHODS = {"attack": ATTACKS, "defense": DEFENSES}
 RUNS = [(kind, name) for kind in METHODS for name in FROZEN[kind]]
 SCRIPTS = ("export", "figures", "gallery", "grid", "inspect_checkpoint", "prepare", "report", "verify")
-TRAINING = Training(
-    epochs=6, batch_size=20, lr=0.05, lr_scheduler="constant", client_optimizer="sgd", sgd_momentum=0.9, wd=0.0005
-)
+PLAIN = {"lr_scheduler": "constant", "client_optimizer": "sgd", "sgd_momentum": 0.9, "wd": 0.0005}
+TRAINING = Training(epochs=6, batch_size=20, lr=0.05, **PLAIN)
 # Adam's first steps are signs, so triggers that it trains turn where a gradient rounds to 0, and logits with them.
 DRIFTS = ("ssba", "inputaware")
 TINY = ("--dataset", "digits", "--width", "1", "--epochs", "1", "--batch_size", "256", *QUICK)

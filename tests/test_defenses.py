@@ -517,6 +517,13 @@ def test_a_network_without_what_a_method_needs_is_refused(defense, make, word):
         defense.purify(net, pair(classes=2 if defense.name == "nc" else 4), session=quiet())
 
 
+@pytest.mark.parametrize("made", [None, 0.5, {"loss": 0.5}, {"loss": torch.zeros(2)}])
+def test_a_step_that_returns_something_else_is_refused(made, monkeypatch):
+    monkeypatch.setattr(FT, "step", lambda self, state, x, y: made)
+    with refuses(ConfigError, "step returned"):
+        FT(epochs=1).purify(tiny_net(), pair(), session=quiet())
+
+
 # What is warned of
 
 
@@ -527,6 +534,7 @@ def test_a_loader_in_class_order_is_warned_of():
     for at, size, warned in ((order, 3, 1), (order.flip(0), 3, 1), (order, 24, 0), (mixed, 3, 0), (order[:12], 3, 0)):
         _, lines, _ = said(FT(epochs=0), tiny_net(), [(x[i], y[i]) for i in at.split(size)])
         assert sum("class by class" in line for line in lines) == warned
+        assert "warning: the defense changed no weight" in lines
 
 
 def test_the_share_of_clean_images_is_said_and_a_low_one_warned_of():

@@ -106,10 +106,8 @@ def test_a_pruned_channel_is_zero_behind_its_batch_norm():
 def test_pruned_units_stay_pruned_and_the_others_learn(unit, optimizer):
     """Also with momentum, which goes on pushing where a weight was zeroed."""
     net, settings = tiny_net(), {"batch_size": 8, "lr": 0.05, "unit": unit, "client_optimizer": optimizer}
-    pruned, tuned = (
-        FP(epochs=epochs, acc_ratio=0.9, **settings).purify(net, own_answers(net, pair()[0]), session=quiet())
-        for epochs in (0, 3)
-    )
+    methods, images = [FP(epochs=n, acc_ratio=0.9, **settings) for n in (0, 3)], own_answers(net, pair()[0])
+    pruned, tuned = (method.purify(net, images, session=quiet()) for method in methods)
     weights = "linear.weight" if unit == "linear_input" else "features.3.weight"
     before, after = pruned.get_parameter(weights), tuned.get_parameter(weights)
     assert torch.equal(before == 0, after == 0) and (before == 0).any() and not torch.equal(before, after)

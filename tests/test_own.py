@@ -164,9 +164,8 @@ def test_a_name_that_does_not_fit_says_which_weight(net, tmp_path):
 
 @pytest.mark.parametrize("arch", ["auto", "preactresnet18", "somebody:made"])
 def test_of_a_file_with_two_networks_one_is_named(arch, net, pictures, tmp_path, monkeypatch):
-    (tmp_path / "somebody.py").write_text(
-        f"from sau.models import PreActResNet18\ndef made():\n    return PreActResNet18({CLASSES}, 2)\n"
-    )
+    code = f"from sau.models import PreActResNet18\ndef made():\n    return PreActResNet18({CLASSES}, 2)\n"
+    (tmp_path / "somebody.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     averaged = {name: value / 2 if value.is_floating_point() else value for name, value in net.state_dict().items()}
     torch.save({"model": net.state_dict(), "ema": averaged}, tmp_path / "two.pt")

@@ -128,9 +128,8 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     poison = poison.fit_trigger(train, net, recipe, seed=seed, session=session)
     if key not in VICTIMS:
         VICTIMS.clear()
-        VICTIMS[key] = poison.fit(
-            net, poison.poison_train(train, seed).to(DEVICE), recipe, augment=augment, seed=seed, session=session
-        )
+        poisoned, how = poison.poison_train(train, seed).to(DEVICE), {"augment": augment, "seed": seed}
+        VICTIMS[key] = poison.fit(net, poisoned, recipe, session=session, **how)
     victim, triggered, test = VICTIMS[key], poison.poison_test(test).to(DEVICE), test.to(DEVICE)
     clean = clean_subset(train, ratio=count / len(train), seed=seed)
     pair = TensorDataset(to_float(clean.pixels), clean.labels)

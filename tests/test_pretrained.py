@@ -157,10 +157,8 @@ def test_the_image_tower_of_clip_is_purified_under_the_names_of_the_classes(defe
     open_clip, place = pytest.importorskip("open_clip"), tmp_path / "clip"
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
-    config = {
-        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": {"std": [0.3] * 3},
-    }
+    towers = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    config = {"model_cfg": towers, "preprocess_cfg": {"std": [0.3] * 3}}
     place.mkdir()
     (place / pretrained.CLIP_CONFIG).write_text(json.dumps(config))
     torch.manual_seed(0)

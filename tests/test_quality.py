@@ -10,9 +10,8 @@ from toys import toy_images
 from sau import quality
 from sau.attack import BadNet, Blended
 
-needs_skimage = pytest.mark.skipif(
-    importlib.util.find_spec("skimage") is None, reason="scikit-image is not installed; it is in the extra [report]"
-)
+WHY = "scikit-image is not installed; it is in the extra [report]"
+needs_skimage = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason=WHY)
 
 
 def pictures(*changes: int) -> tuple[torch.Tensor, torch.Tensor]:

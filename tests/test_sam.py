@@ -61,7 +61,7 @@ def test_statistics_are_kept_and_those_of_the_batch_used():
     assert norm.num_batches_tracked == 1 and not torch.equal(norm.running_mean, kept["running_mean"])
 
 
-@pytest.mark.parametrize(("adaptive", "alpha", "share"), [*product((True, False), (0, 0.3), (0.1,)), (False, 0, 0.0)])
+@pytest.mark.parametrize("adaptive, alpha, share", [*product((True, False), (0.0, 0.3), (0.1,)), (False, 0.0, 0.0)])
 def test_a_step_is_the_papers_in_double_precision(adaptive, alpha, share):
     """w - lr * (gradient at w + e), by functional calls; statistics of one batch. Last, of a resilient attack."""
     net, (x, y) = tiny_net().double().train(), pair(8, torch.float64)

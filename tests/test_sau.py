@@ -127,10 +127,8 @@ def plain(value: float, n: int = 2) -> Tensor:
 def seen(*modules: nn.Module) -> Iterator[list[list[int]]]:
     """How many images each forward pass of each module got."""
     sizes: list[list[int]] = [[] for _ in modules]
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, into=into: into.append(len(inputs[0])))
-        for module, into in zip(modules, sizes, strict=True)
-    ]
+    counters = [lambda _, inputs, into=into: into.append(len(inputs[0])) for into in sizes]
+    hooks = [module.register_forward_pre_hook(count) for module, count in zip(modules, counters, strict=True)]
     yield sizes
     for hook in hooks:
         hook.remove()

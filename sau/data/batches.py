@@ -86,8 +86,10 @@ def in_range(x: Tensor, advice: str = "give the mean=... and std=... of normalis
 def quantise(x: Pixels) -> Bytes:
     """[0, 1] -> 0..255, clipped and truncated (not rounded), as BackdoorBench writes 8-bit images.
 
-    The thousandth of a grey level keeps k/255*255 at k in float32, where it may fall just below.
+    DataError for bytes. The thousandth of a grey level keeps k/255*255 at k in float32, where it may fall just below.
     """
+    if not x.is_floating_point():
+        raise DataError(f"pixels to be stored are {x.dtype}, allowed are floats in [0, 1]")
     return (x * 255 + 1e-3).clamp_(0, 255).to(torch.uint8)
 
 

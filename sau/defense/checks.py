@@ -241,6 +241,9 @@ def compare(
     a small patch still leads both networks. Nothing, with a warning, where memory ran out.
     """
     x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
+    old, new = attacked.state_dict(), purified.state_dict()
+    if old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old):
+        say("warning: the defense changed no weight")
     say("last, the smallest patches are searched, of the network before and after")  # a minute or two on a CPU
     try:
         with seeded(1):
