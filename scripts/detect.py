@@ -115,8 +115,8 @@ def main() -> None:
         area = f"{100 * roc_auc_score(bad, scores):.1f}"
         body.append([name, f"{int(flags.sum()):,}", str(most), *rates, area, f"{time.monotonic() - started:.0f}"])
         started = time.monotonic()
-    if attacked.gate and not attacked.gate["passed"]:
-        print("warning: the attack of this record did not take, so that its figures say nothing")
+    for doubt in attacked.doubts:
+        print(f"warning: {doubt}")
     print(f"{len(train):,} training images, {int(bad.sum()):,} of them poisoned\n")
     print(markdown(["detector", "flagged", "most in class", "TPR %", "FPR %", "AUROC %", "seconds"], body), end="")
     if asked.out is not None:

@@ -26,7 +26,8 @@ def test_an_attack_below_its_gate_warns_and_a_defense_repeats_it(here, tmp_path,
     assert found["gate"] == {"asr": 85.0, "passed": False} and found["asr"] < 85
     (line,) = warnings(out)
     assert f"ASR {found['asr']:.1f}, gate 85" in line and BadNet.remedy in line
-    assert attack_result.load(tmp_path / "record/a").gate == found["gate"]
+    assert (loaded := attack_result.load(tmp_path / "record/a")).gate == found["gate"]
+    assert loaded.doubts == ["the attack of this record did not take, so that its figures say nothing"]
     status, out, err = here(*DEFENSE)
     assert status == 0 and len(warnings(out)) == 1, err
     assert summary(tmp_path / "record/a/defense/ft")["gate"] == found["gate"]

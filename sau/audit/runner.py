@@ -111,8 +111,7 @@ def open_case(
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, notes = attacked.images(dataset_path)
-    if attacked.gate and not attacked.gate["passed"]:
-        notes.append("the attack of this record did not take, so that its figures say nothing")
+    notes += attacked.doubts
     networks = {NONE: attacked.model()}
     for name in defenses:
         folder, model = find(place / "defense", name), attacked.model()

@@ -207,8 +207,7 @@ def check_before(method: Any, model: normalized.Normalized, batches: Batched, se
         if (joined := getattr(batches, "joined", 1)) > 1:
             session.say(f"note: the loader's batches of one image are joined to batches of {joined}")
         for missing in check_counts(counts, kind):
-            clean = kind == "clean"
-            session.say(f"warning: {missing}; the network may forget them" if clean else f"note: {missing}")
+            session.say(f"warning: {missing}; the network may forget them" if kind == "clean" else f"note: {missing}")
     return right / total, total
 
 

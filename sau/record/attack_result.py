@@ -52,6 +52,12 @@ class AttackResult:
             raise RecordError(f"{self.path} holds no poisoned training images, as this defense needs; take another")
         return train.replace_rows(bad, bad.index), "poisoned"
 
+    @property
+    def doubts(self) -> list[str]:
+        """A line if the attack did not pass its gate, so that nothing measured on it counts."""
+        missed = self.gate is not None and not self.gate["passed"]
+        return ["the attack of this record did not take, so that its figures say nothing"] if missed else []
+
     def model(self) -> Normalized:
         """The attacked network, new at each call, on the CPU, in eval mode. ConfigError for an unknown network,
         RecordError if the weights have other names or shapes, which is known before memory is allocated: a record may
