@@ -111,10 +111,11 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> 
     found = came.found if came else weights.read(place)
     names = by_name(folders, found.classes)
     shown, order = (names, "names in the file") if names else (folders, "folders in order")
+    known = {name.casefold() for name in found.classes or ()}
+    if found.classes and not names and (came or any(name.casefold() in known for name in folders)):
+        names, shown, order = by_number(folders, found.classes), found.classes, "folders by number"
     if came:
         own, net, arch = came.settle(own, asked), came.net, came.said["arch"]
-        if found.classes and not names:
-            names, shown, order = by_number(folders, found.classes), found.classes, "folders by number"
     else:
         net, arch = weights.network(own, len(names or folders), found)
     images = image_folder(clean, came.view if came else own.input_size, names)

@@ -14,7 +14,7 @@ import torch
 
 from sau.device import choose_device, prepare, set_threads
 from sau.errors import ConfigError, RecordError, printable
-from sau.files import existing, safe_join, write
+from sau.files import safe_join, write
 from sau.settings import Parser as Parser
 
 EXAMPLE_IMAGES = 300  # test images that adversarial examples are searched for
@@ -79,6 +79,7 @@ def figures(argv: Sequence[str]) -> int:
     `--device`; the map is made on the CPU.
     """
     from sau.figures import save
+    from sau.grid.store import find
 
     parser = Parser(figures.__doc__, prog="sau figures")
     parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
@@ -89,7 +90,7 @@ def figures(argv: Sequence[str]) -> int:
     parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="method for the map of features [tsne]")
     add_device(parser)
     args = parser.parse_args(argv)
-    path = existing(args.record_root, args.name)
+    path = find(args.record_root, args.name)
     for name, figure in _figures(path, args):
         print(*save(figure, path / "figures" / name), sep="\n")
     return 0
@@ -99,6 +100,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """(name, figure of matplotlib) of everything that the record holds."""
     from sau import figures as draw
     from sau.data.images import sample
+    from sau.grid.store import find
     from sau.pgd import Search
     from sau.record import attack_result
     from sau.record.folder import Record
@@ -110,7 +112,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     if args.defense is not None:  # loaded before anything is drawn
         if triggered is None:
             raise RecordError(f"{path} is a clean network; examples and features need triggered images")
-        attack_result.load_weights(after, safe_join(path, "defense", args.defense))
+        attack_result.load_weights(after, find(path / "defense", args.defense))
     _, test, _ = attacked.images(args.dataset_path)
     if triggered is not None:
         yield "images", draw.images(test, triggered)
@@ -139,6 +141,7 @@ def verify(argv: Sequence[str]) -> int:
     one image in a thousand (and at least one) differs from the recorded count.
     Exit status: 0 everything is right, 1 something is wrong or could not be checked, 2 a mistake in the command.
     """
+    from sau.grid.store import find
     from sau.verify import verify as checks_of
 
     parser = Parser(verify.__doc__, prog="sau verify")
@@ -149,7 +152,7 @@ def verify(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     device = use_device(asked)
     states = set[str]()
-    for path in [existing(asked.record_root, name) for name in asked.record]:
+    for path in [find(asked.record_root, name) for name in asked.record]:
         checks = checks_of(path, asked.dataset_path, device)
         for check in checks:
             print(printable(f"{check.state:12}{check.name}: {check.text}"))

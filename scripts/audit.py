@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sau.audit import PARTS, AuditConfig, draw, open_case, run_audit, tables
-from sau.audit.runner import RESULT
+from sau.audit import PARTS, AuditConfig, draw, open_case, read, run_audit, tables
+from sau.audit.runner import RESULT, described
 from sau.config import Setting, options, values
 from sau.errors import ConfigError, run_command
 from sau.figures import save
@@ -60,20 +60,22 @@ def run(given: argparse.Namespace) -> None:
         chosen["parts"] = tuple(part for part in PARTS if part != "bec")
     config = AuditConfig(**chosen)
     records = [find(given.record_root, name) for name in given.result_file]
-    for attacked in records:
-        if (there := (given.out or attacked / "audit") / RESULT).exists():
-            raise ConfigError(f"{there} is an audit already; remove it, or name another folder with --out")
     for attacked, control in zip(records, controls, strict=True):
         case = open_case(
             attacked, given.defense, control and find(given.record_root, control), dataset_path=given.dataset_path,
             samples=given.samples, amp=None if given.amp is None else given.amp == "true", where=where,
         )  # fmt: skip
         out = given.out or safe_join(attacked, "audit")  # which is no link in a record of others
+        if (out / RESULT).exists():
+            if not described(case, config).items() <= read(out).items():
+                raise ConfigError(f"{out / RESULT} is another audit; remove it, or name another folder with --out")
+            say(f"{out / RESULT} is this audit, finished")
+            continue
         found = run_audit(case, config, say)
-        write(out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
         say("\n" + tables([found]) + "\n")
         say(", ".join(f"{part} {seconds:.0f} s" for part, seconds in found["seconds"].items()))
         say(*save(draw([found]), out / "audit"), out / RESULT, sep="\n")
+        write(out / RESULT, (json.dumps(found, indent=1) + "\n").encode())  # last, for it says that all is there
 
 
 if __name__ == "__main__":

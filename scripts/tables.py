@@ -34,7 +34,7 @@ import risks
 
 from sau import files
 from sau.audit.runner import CONTROL
-from sau.audit.tables import curves, read
+from sau.audit.tables import curves, did_not_take, read
 from sau.data.sources import SOURCES
 from sau.errors import ConfigError, RecordError, printable, require, run_command
 from sau.report.cells import Section, TableCell, sections
@@ -127,13 +127,14 @@ def _overview(section: Section) -> str:
     rows: dict[str, dict[str, TableCell]] = {}
     for cell in section.cells:
         rows.setdefault(cell.name, {})[cell.attack_name] = cell
-    rows = dict(sorted(rows.items(), key=lambda row: (row[0] != NONE, -(_mean_of_known(row[1], "der") or 0))))
     paper = {cell.attack_name: cell.attack for cell, _ in published_rows(section)}
     attacks = list(dict.fromkeys(attack for cells in rows.values() for attack in cells))
     counted = {cell.attack_name for cell in section.cells if cell.figures["asr"] and not cell.dead}
     took = [attack for attack in attacks if attack in counted] or attacks
+    order = {name: (name != NONE, not cells.keys() >= {*took}, -(_mean_of_known(cells, "der") or 0))
+             for name, cells in rows.items()}  # fmt: skip
     body = []
-    for name, cells in rows.items():
+    for name, cells in sorted(rows.items(), key=lambda row: order[row[0]]):
         means = mean_row([cells[a].means(*PERCENT) for a in took]) if cells.keys() >= {*took} else [None] * 4
         means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
         body.append([name, *map(shown, means), *(_asr(cells.get(attack)) for attack in attacks)])
@@ -193,6 +194,8 @@ def clean(args: argparse.Namespace) -> None:
     """Print what a defense leaves beyond a clean network's figures: means over attacks of the means over seeds."""
     found: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))  # network -> attack -> rows
     audits = [read(place) for place in args.audits]
+    for line in did_not_take(audits):
+        print(f"warning: {line}", file=sys.stderr)
     parts = [("before", ""), ("statistics", ""), ("relearn", "released")]
     for place, audit in zip(args.audits, audits, strict=True):
         acc, asr, racc = (curves([audit], figure) for figure in ("acc", "asr", "racc"))
@@ -242,10 +245,14 @@ def ratios(args: argparse.Namespace) -> None:
 
 
 def _curves(roots: list[Path]) -> Curves:
-    """Scores of the attacks by ratio; RecordError for two networks that differ in nothing that a curve shows."""
+    """Scores of the attacks by ratio; RecordError for several data sets or networks, and for two networks that differ
+    in nothing that a curve shows."""
     curves: Curves = defaultdict(lambda: defaultdict(list))
     seen: dict[tuple[str, float, int | None], Path] = {}
-    for result in (result for root in roots for result in _read(root) if result.defense == NONE):
+    results = [result for root in roots for result in _read(root) if result.defense == NONE]
+    if len(titles := {section.title for section in sections(results) if section.dataset}) > 1:
+        raise RecordError(f"there are several data sets or networks: {'; '.join(sorted(titles))}; name folders of one")
+    for result in results:
         ratio = (result.attack_settings or {}).get("pratio")
         acc, asr = result.figures["acc"], result.figures["asr"]
         if ratio is None or acc is None or asr is None:

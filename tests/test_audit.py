@@ -366,7 +366,9 @@ def test_the_script_does_without_a_control_what_can_be_done(victim, script):
     status, out, _ = script("audit.py", *flags, "--out", "elsewhere")
     assert status == 0 and out.startswith("note: --control is missing") and "existence" not in out
     assert Path("elsewhere/audit.png").stat().st_size > 0
-    there = ("--out", "elsewhere"), "is an audit already"
+    status, out, _ = script("audit.py", *flags, "--out", "elsewhere")
+    assert status == 0 and "is this audit, finished" in out and "ASR" not in out
+    there = ("--out", "elsewhere", "--samples", "50"), "is another audit"
     for wrong, key in ((("--parts", "bec"), "bec"), (("--control", "a", "b"), "control"), there):
         status, _, err = script("audit.py", *flags, *wrong)
         assert status == 2 and key in the_error(err)

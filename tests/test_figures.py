@@ -24,8 +24,10 @@ def lines(panel: plt.Axes) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_the_command_draws_every_figure_as_png_and_svg(victim, here, script, monkeypatch):
+    """Of a defense that is named without the digest that a grid gives it."""
     flags = ("--epochs", "2", "--eval_every", "1", "--track_risk", "true", "--risk_samples", "40", "--risk_steps", "2")
     assert here("defense", "sau", "--result_file", "victim", *flags, *QUICK)[0] == 0
+    (victim / "defense" / "sau").rename(victim / "defense" / "sau_c0.1_0123456789")
     really = data.sample
     monkeypatch.setattr(data, "sample", lambda test, bad, most, seed=0: really(test, bad, min(most, 80), seed))
     monkeypatch.setattr("sau.data.images.sample", data.sample)  # the search takes its time
@@ -33,10 +35,10 @@ def test_the_command_draws_every_figure_as_png_and_svg(victim, here, script, mon
     argv += ["--record_root", str(victim.parent)]
     status, out, err = script("figures.py", *argv)
     assert (status, err) == (0, "")
-    names = {"images", "attack", "sau", "risks", "types", "examples_sau", "features_sau"}
+    names = {"images", "attack", "sau_c0.1_0123456789", "risks", "types", "examples_sau", "features_sau"}
     assert {file.name for file in (victim / "figures").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg")}
     assert {Path(line).name for line in out.split()} == {file.name for file in (victim / "figures").iterdir()}
-    tracked = Record(victim / "defense" / "sau")
+    tracked = Record(victim / "defense" / "sau_c0.1_0123456789")
     rounds = rows(tracked.path)
     before = tracked.summary()["risk"]["before"]
     found = lines(risks([tracked]).axes[0])
@@ -51,9 +53,12 @@ def test_the_command_draws_every_figure_as_png_and_svg(victim, here, script, mon
     assert (asr[0], asr[-1]) == (summary["before"]["asr"], summary["after"]["asr"])
 
 
-def test_a_run_without_risks_is_refused(tmp_path):
+def test_a_run_without_risks_is_refused_and_one_without_rounds_ends_after_its_start(tmp_path):
     with pytest.raises(RecordError, match="--track_risk"):
         risks([Record(defense(attack(tmp_path)))])
+    (path := tmp_path / "badnet_s0" / "defense" / "sau" / "metrics.jsonl").write_text("")
+    found = lines(curves(Record(path.parent)).axes[1])
+    assert found["ASR"] == ([0, 1], [98.0, 2.0])
 
 
 def test_a_saved_figure_is_closed_undated_and_replaces_a_link(tmp_path):

@@ -398,6 +398,7 @@ def test_the_grid_computes_what_the_commands_by_hand_do(tmp_path, here, script, 
     every = planned(SMALL.replace("[badnet, prototype]", "[badnet]").replace("[ft, clp]", "[clp]"))
     status, out, err = script("grid.py", "grid.yaml", "--record_root", "grid")
     assert status == 0 and "2 cells: 2 finished" in out and "[2/2] done" in out, out + err
+    assert out.count("; the attack did not take") == 2
     attack = ("--dataset", "digits", "--pratio", "0.1", "--width", "2", "--epochs", "1", *QUICK)
     assert here("attack", "badnet", *attack, "--save_folder_name", "a")[0] == 0
     assert here("defense", "clp", "--result_file", "a", "--ratio", "0.1", *QUICK, "--save_folder_name", "mine")[0] == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toys import QUICK, coloured, command, environment, refuses, stop_after, summary, tiny_net, toy_images
+from toys import QUICK, coloured, command, environment, refuses, stop_after, summary, the_error, tiny_net, toy_images
 
 from sau.compat import weights
 from sau.data.images import Images
@@ -188,6 +188,8 @@ def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, her
     status, out, _ = here(*flags(tmp_path / "says.pt", pictures))
     assert status == 0 and "classes: 0 = blue, 1 = green, 2 = red (folders in order)" in out.splitlines()
     assert "says.pt names its classes 0 = x, 1 = y, 2 = z" in out
+    torch.save({"net": net.state_dict(), "classes": ["green", "y", "red"]}, tmp_path / "half.pt")
+    assert "'blue' names no class" in the_error(here(*flags(tmp_path / "half.pt", pictures))[2])
     shutil.rmtree(pictures / "green")
     torch.save({"net": net.state_dict(), "classes": ["Red", "green", "blue"]}, tmp_path / "named.pt")
     seen = []

@@ -77,3 +77,5 @@ def test_the_curve_over_ratios_is_of_folders_and_of_summaries(tmp_path, script):
     assert status == 0 and "| badnet | 90.00 / 1.00 | 88.50 / 96.00 |" in out and "badnet_r0.2_s0" in err
     with Image.open(tmp_path / "x.png") as image:
         assert image.width > 500
+    attack(tmp_path / "a", seed=2, dataset="gtsrb")
+    assert "several data sets" in the_error(script("tables.py", "ratios", roots[0])[2])

@@ -289,6 +289,9 @@ def test_only_runs_of_the_published_setting_stand_beside_the_published(tmp_path,
     defense(attack(tmp_path, seed=1, pratio=0.01), "sau", seed=1, acc=50.0)
     pairs = [(cell.figures["acc"].mean, row[0]) for cell, row in compare(tables(tmp_path)[0]) if cell.defense == "sau"]
     assert pairs == [(89.0, 89.31)]
+    for seed in (0, 1):
+        defense(tmp_path / f"badnet_s{seed}", "ft", seed, acc=90.0)
+    assert compared(tmp_path)["ft"].acc.values == (-40.0, -1.0)  # another ratio is another attack
     attack(tmp_path / "other", dataset="gtsrb")
     assert compare(tables(tmp_path / "other")[0]) == []
     monkeypatch.setitem(NETWORK, "name", "vgg19_bn")

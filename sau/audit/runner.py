@@ -155,6 +155,16 @@ def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:
     return made[(made.labels != made.true_labels).nonzero()[:, 0]]
 
 
+def described(case: Case, config: AuditConfig) -> dict[str, Any]:
+    """What `audit.json` says of the audit besides its results: record, attack, networks and settings."""
+    return {
+        "record": case.name, "attack": case.about.get("attack"),
+        "networks": {name: network_digest(model.net) for name, model in case.networks.items()},
+        "asked": as_json({**asdict(config), "samples": [len(case.test), len(case.triggered)]}),
+        "about": as_json({**case.about, "test": fingerprint(case.test)}),
+    }  # fmt: skip
+
+
 def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Do what is asked, print a line for each row, and return what `audit.json` holds.
 
@@ -181,12 +191,7 @@ def run_audit(case: Case, config: AuditConfig, say: Callable[[str], None] = prin
                 figure = f"ASR {found['asr']:.1f} %" if "asr" in found else f"s {found['s']:.3f}"
                 say(f"{part:11}{name:16} {curve:20} {x:<6g} {figure}")
         seconds[part] = round(time.monotonic() - started, 2)
-    return {
-        "record": case.name, "attack": case.about.get("attack"),
-        "networks": {name: network_digest(model.net) for name, model in case.networks.items()},
-        "asked": as_json({**asdict(config), "samples": [len(case.test), len(case.triggered)]}), "seconds": seconds,
-        "about": as_json({**case.about, "test": fingerprint(case.test)}), "notes": notes, "rows": rows,
-    }  # fmt: skip
+    return {**described(case, config), "seconds": seconds, "notes": notes, "rows": rows}
 
 
 def before(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iterator[Found]:

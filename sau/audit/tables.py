@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sau import files
 from sau.audit.runner import CONTROL, RESULT
 from sau.errors import MALFORMED, RecordError, one_line
+from sau.record.attack_result import NOT_TAKEN
 from sau.report.results import NONE, MeanStd, shown
 from sau.report.tables import markdown
 
@@ -74,11 +75,16 @@ def curves(audits: Sequence[Audit], figure: str = "asr") -> dict[Key, dict[str, 
     return found
 
 
+def did_not_take(audits: Sequence[Audit]) -> list[str]:
+    """A line for each audit of an attack that did not pass its gate."""
+    return [one_line(f"{audit['record']}: {NOT_TAKEN}") for audit in audits if NOT_TAKEN in audit.get("notes", ())]
+
+
 def tables(audits: Sequence[Audit]) -> str:
     """Markdown: ASR in percent for every part, then BEC; mean ± standard deviation where there are several seeds."""
     n, draws = len(audits), len(audits[0]["asked"]["seeds"])
-    over = f"{n} attacked networks" if n > 1 else f"{draws} draws of the attacker's"
-    texts = [f"Mean ± standard deviation over {over}; of two both values."] if n > 1 or draws > 1 else []
+    over, texts = f"{n} attacked networks" if n > 1 else f"{draws} draws of the attacker's", did_not_take(audits)
+    texts += [f"Mean ± standard deviation over {over}; of two both values."] if n > 1 or draws > 1 else []
     acc = curves(audits, "acc")
     for key, lines in curves(audits).items():
         steps = _steps(lines)

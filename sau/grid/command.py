@@ -93,6 +93,7 @@ def _scores(cell: Cell, store: Store) -> str:
     found = summary.get("after", summary)
     scores = [f"{name.upper()} {found[name]:.2f}" for name in ("acc", "asr") if found.get(name) is not None]
     text = f"{', '.join(scores)}; {duration(summary.get('seconds', 0.0))}"
+    text += "" if summary.get("gate", {}).get("passed", True) else "; the attack did not take"
     if kept and any(kept.get(name) != summary.get(name) for name in ("acc", "asr", "racc")):
         text += "; warning: it differs from the published result, as on another processor"
     return text

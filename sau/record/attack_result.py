@@ -19,6 +19,7 @@ from sau.record.folder import ATTACK, CONFIG, Record, run_kind
 
 BACKDOORBENCH = "attack_result.pt"  # the file in which BackdoorBench stores an attack
 _NETWORK = ("name", "classes", "width", "shape", "mean", "std")
+NOT_TAKEN = "the attack of this record did not take, so that its figures say nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class AttackResult:
     def doubts(self) -> list[str]:
         """A line if the attack did not pass its gate, so that nothing measured on it counts."""
         missed = self.gate is not None and not self.gate["passed"]
-        return ["the attack of this record did not take, so that its figures say nothing"] if missed else []
+        return [NOT_TAKEN] if missed else []
 
     def model(self) -> Normalized:
         """The attacked network, new at each call, on the CPU, in eval mode. ConfigError for an unknown network,

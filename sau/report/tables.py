@@ -142,7 +142,7 @@ def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str
             groups[cell.name].append(cell)
     found, ours = [], [own for own in groups.values() if own[0].defense == defense and not own[0].oracle]
     for own in ours:
-        label = f", {own[0].label}" * (len(ours) > 1)  # ours, where it ran with several settings
+        label = f" (for {own[0].name})" * (len(ours) > 1)  # ours, where it ran with several settings
         for name, rival in groups.items():
             if rival[0].defense not in (defense, NONE) and (comparison := _compare(own, rival)):
                 found.append((name + label, rival[0].oracle, comparison))
@@ -165,10 +165,10 @@ def _compare(ours: Sequence[TableCell], theirs: Sequence[TableCell]) -> PairedCo
 def _by_network(cells: Sequence[TableCell]) -> dict[tuple[str, Path], Any]:
     """PERCENT by network (attack and folder), over the defense's own seeds; one without a trigger is left out."""
     found: dict[tuple[str, Path], list[Any]] = defaultdict(list)
-    for result in (result for cell in cells for result in cell.results):
+    for attack, result in ((cell.attack_name, result) for cell in cells for result in cell.results):
         figures = [result.figures[name] for name in PERCENT]
         if None not in figures:
-            found[result.attack, result.attack_path].append(figures)
+            found[attack, result.attack_path].append(figures)
     return {network: np.mean(rows, 0) for network, rows in found.items()}
 
 
