@@ -96,8 +96,7 @@ def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> No
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:
-    assert SAU().adapted(tiny_net(), 40, 3).epochs == 168
-    assert NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
+    assert SAU().adapted(tiny_net(), 40, 3).epochs == 168 and NAD().adapted(tiny_net(), 40, 3).te_epochs == 34
     x, y = torch.rand(100, 3, 8, 8), torch.arange(100) % 4
     some = DataLoader(TensorDataset(x, y), batch_size=16, sampler=SubsetRandomSampler(range(40)))
     assert first_line(SAU(), some).startswith("504 updates at 0.0015 (OneCycleLR): 40 images")
@@ -134,8 +133,7 @@ def test_what_the_user_gives_stands() -> None:
     assert first_line(SAU(), settings="as_given").startswith("100 updates at 0.0001")
     searched = [first_line(method, **how).endswith("patches are searched")
                 for method in (SAU(), SAUSAM()) for how in ({}, {"settings": "as_given"})]  # fmt: skip
-    assert searched == [True, False, True, True]
-    assert first_line(FT()).startswith("1,000 updates at 0.01")
+    assert searched == [True, False, True, True] and first_line(FT()).startswith("1,000 updates at 0.01")
     said, few = list[str](), PreActResNet18(10, 4)
     small = SAU(batch_size=64).fitted({"batch_size": 256}, few, 150, said.append)
     assert (small.batch_size, small.epochs, small.patches) == (64, 84, 0.5) and "epochs 84, lr " in said[0]

@@ -104,8 +104,7 @@ def test_five_poisons_bring_back_a_backdoor_and_plant_none(nets):
         for name in ("ft", "control")
         for k in (0, 5)
     }
-    assert asr(nets["none"]) > 30 and asr(nets["ft"]) < 15 and asr(nets["control"]) < 5
-    assert after["ft", 0] < 15
+    assert asr(nets["none"]) > 30 and asr(nets["ft"]) < 15 and asr(nets["control"]) < 5 and after["ft", 0] < 15
     assert after["ft", 5] - after["ft", 0] > after["control", 5] - after["control", 0] + 25
 
 

@@ -269,8 +269,7 @@ def bench_load(root: Path, name: str) -> dict[str, Any]:
         (content,) = (archive.read(member) for member in archive.namelist() if member.endswith("data.pkl"))
         assert b"numpy._core" not in content and b"numpy.core.multiarray" in content  # numpy 1.25 has no other
     result = torch.load(path, weights_only=False)
-    assert set(result) >= set(KEYS)
-    assert "record" in os.path.realpath(path) and "data" in result["data_path"]
+    assert set(result) >= set(KEYS) and "record" in os.path.realpath(path) and "data" in result["data_path"]
     assert type(result["model_name"]) is str and type(result["num_classes"]) is int
     own = build(result["model_name"], result["num_classes"], mean=(0.0,) * 3, std=(1.0,) * 3).net.state_dict()
     assert type(result["model"]) is OrderedDict and len(result["model"]) == len(own)
@@ -469,8 +468,7 @@ def test_backdoorbench_from_the_command_line(wanted, script, tmp_path):
 def test_torchvisions_classifiers_fit_the_data(name, classes, entries, last, enlarged):
     model = build(name, classes, shape=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     keys = list(model.net.state_dict())
-    assert (len(keys), keys[-1]) == (entries, last)
-    assert model(torch.rand(2, 3, 32, 32)).shape == (2, classes)
+    assert (len(keys), keys[-1]) == (entries, last) and model(torch.rand(2, 3, 32, 32)).shape == (2, classes)
     assert isinstance(next(iter(model.net.children())), nn.Upsample) is enlarged and name not in MODELS
 
 

@@ -265,8 +265,8 @@ def test_a_clean_share_outside_0_to_1_is_refused(ratio):
 
 
 def test_digits_are_scaled_by_16_and_truncated():
-    """Every pixel of the enlargement is a mean of the 8x8 grey levels 0..16 with weights that are multiples of 1/64, so
-    it is k/1024 of white; 255 k / 1024 is truncated (after the thousandth that `quantise` adds)."""
+    """Every pixel of the enlargement is a mean of the 8x8 grey levels 0..16 with weights that are multiples of 1/16, so
+    it is k/256 of white; 255 k / 256 is truncated (after the thousandth that `quantise` adds)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -276,7 +276,7 @@ def test_digits_are_scaled_by_16_and_truncated():
         assert images.labels.tolist() == labels[part].tolist() and images.num_classes == 10
         assert images.pixels.dtype == torch.uint8 and (images.role == 0).all()
         small = torch.from_numpy(pixels[part][:20]).double().view(-1, 1, 8, 8) / 16
-        large = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+        large = torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
         exact = (large * 255 + 1e-3).floor().long()
         assert torch.equal(images.pixels[:20].long(), exact.expand(-1, 3, -1, -1))
 
@@ -294,7 +294,7 @@ def test_a_fingerprint_sees_pixels_labels_order_and_shape():
 def test_a_data_set_or_size_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="'cifar11'.*gtsrb"):
         source("cifar11")
-    for name, size, allowed in (("folder", 7, "8 to 1024"), ("folder", 1025, "8 to 1024"), ("digits", 16, "32")):
+    for name, size, allowed in (("folder", 7, "8 to 1024"), ("folder", 1025, "8 to 1024"), ("digits", 32, "16")):
         with pytest.raises(ConfigError, match=f"img_size is {size}.*{allowed}"):
             load(name, img_size=size)
 

@@ -98,8 +98,7 @@ def test_the_planted_channel_goes_and_no_other(defense: Defense):
     after = score(fixed, clean, triggered)
     assert (fixed[1].weight == 0).nonzero().flatten().tolist() == [5]
     assert before.asr.percent > 95 and before.acc.percent > 95
-    assert after.asr.percent < 5 and after.acc.percent > 95
-    assert after.racc.percent > before.racc.percent + 50
+    assert after.asr.percent < 5 and after.acc.percent > 95 and after.racc.percent > before.racc.percent + 50
 
 
 PLAIN = {"mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -123,8 +123,7 @@ def test_replayed_updates_are_the_eager_ones(method, replays):
     assert len(replays) == len(BATCHES) - 2 and len(step.graphed.graphs) == 2
     assert lines == ["the training step is replayed as a CUDA graph"]
     wanted, plain, _ = updates(method, CPU, safe=False)
-    assert len(replays) == len(BATCHES) - 2
-    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert len(replays) == len(BATCHES) - 2 and losses == pytest.approx(wanted, rel=1e-4)
     for one, other in zip(networks(step), networks(plain), strict=True):
         for ours, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)

@@ -345,8 +345,7 @@ def test_cost_without_leaving(steps: int) -> None:
     ours = SAU(**{OURS.get(name, name): value for name, value in options.items()})
     with seen(state["model"], state["_reference"]) as sizes:
         cost = work(lambda a, b: ours.step(state, a, b), x, y, backdoored("resnet"))
-    assert sizes == [[BATCH] * (steps + 2)] * 2
-    assert 4 * steps + 7.9 < cost <= 4 * steps + 8
+    assert sizes == [[BATCH] * (steps + 2)] * 2 and 4 * steps + 7.9 < cost <= 4 * steps + 8
     assert 8 * steps + 7.9 < work(twin.step, x, y, twin.h) <= 8 * steps + 8
 
 

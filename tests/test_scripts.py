@@ -108,7 +108,7 @@ def test_bad_arguments_are_refused_before_anything_is_made(name, flags, word, sc
 def test_prepare_describes_data_sets_and_notes_a_subset(script, tmp_path, few, monkeypatch):
     status, out, err = script("prepare.py", "digits", "--dataset_path", str(tmp_path))
     train, test = load("digits")
-    assert (status, err) == (0, "") and f"1,437 | 3x32x32 | 10 | 139 to 146 | {fingerprint(train)}" in out
+    assert (status, err) == (0, "") and f"1,437 | 3x16x16 | 10 | 139 to 146 | {fingerprint(train)}" in out
     assert fingerprint(test) in out and "note" not in out
     for name, word in (("cifar11", "cifar11"), ("gtsrb", str(tmp_path))):
         status, out, err = script("prepare.py", name, "--dataset_path", str(tmp_path))

@@ -64,14 +64,14 @@ def test_a_right_record_is_verified(defended, script, monkeypatch):
     assert script("verify.py", "victim", *root)[0] == 0
 
 
-def less(said: dict[str, Any]) -> None:
-    share = Proportion(said["acc_count"][0] - 5, said["acc_count"][1])
+def other(said: dict[str, Any]) -> None:
+    share = Proportion((said["acc_count"][0] + 5) % said["acc_count"][1], said["acc_count"][1])
     said.update(acc=share.percent, acc_interval=list(share.interval), acc_count=[share.hits, share.total])
 
 
 FORGERIES = {
     "a figure": ("", SUMMARY, lambda s: s.update(asr=s["asr"] - 3), "figures"),
-    "a figure and its counts": ("", SUMMARY, less, "figures"),
+    "a figure and its counts": ("", SUMMARY, other, "figures"),
     "counts that are none": ("", SUMMARY, lambda s: s.update(acc_count=["1"]), "figures"),
     "weights": ("", "model.safetensors", lambda t: t["linear.bias"][3].add_(30), "figures"),
     "labels of the triggered": ("", "triggered.safetensors", lambda t: t["true_labels"].add_(1).remainder_(10), "data"),

@@ -35,13 +35,13 @@ class Source:
 
 
 def _digits(root: Path, size: int) -> tuple[Images, Images]:
-    """scikit-learn's 1,797 scanned digits of 8x8, enlarged to 32x32x3; a fifth of each class is the test set."""
+    """scikit-learn's 1,797 scanned digits of 8x8, enlarged to 16x16x3; a fifth of each class is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     small = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
-    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+    large = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
     parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     train, test = (Images.clean(quantise(large[i]), torch.from_numpy(labels[i]).long(), 10) for i in parts)
     return train, test
@@ -59,7 +59,7 @@ SOURCES = {
     "tiny": Source(64, *_TINY, Augment(4), readers.tiny, True, "Tiny ImageNet, 200 classes, 64x64"),
     "folder": Source(32, *_CIFAR10, Augment(4), readers.folder, True,
                      "your own images: train/CLASS/, test/CLASS/ of --dataset_path"),
-    "digits": Source(32, (0.304,) * 3, (0.323,) * 3, Augment(4), _digits,
+    "digits": Source(16, (0.304,) * 3, (0.319,) * 3, Augment(2), _digits,
                      about="1,437 and 360 images of scikit-learn, 10 classes; needs no files"),
 }  # fmt: skip
 
