@@ -27,6 +27,7 @@ class AT(AdversarialTraining):
     """
 
     name = "at"
+    few_suffice = True
     graph_safe = True
 
     weight_clean: float = param(1.0, "a1, of the clean loss", ge=0)

@@ -241,7 +241,6 @@ class AdversarialTraining(TrainingDefense):
     """Settings of a defense that trains on perturbed images x + e, e found by sign steps in a ball S: SAU and AT."""
 
     gradients = "images"
-    few_suffice = True
     compiles = True
 
     epochs: int = param(100, aliases=("n_rounds",))

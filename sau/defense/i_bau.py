@@ -42,6 +42,7 @@ class IBAU(TrainingDefense):
     name = "i-bau"
     unread = ("lr_scheduler", "amp")
     gradients = "images"
+    few_suffice = True
 
     epochs: int = param(5, "rounds (n_rounds)", aliases=("n_rounds",))
     lr: float = 1e-4
