@@ -98,8 +98,9 @@ def add_legend(figure: Figure, columns: int = 3) -> None:
 
 def curves(record: Record) -> Figure:
     """Losses on the left; ACC, ASR and R-ACC where they were measured on the right."""
-    rows, before = read_metrics(record.path), record.summary().get("before", {})
-    rows = rows or [{"epoch": 1, **record.summary().get("after", {})}]  # a defense without rounds has no rows
+    summary = record.summary()
+    before, after = summary.get("before", {}), summary.get("after", {})
+    rows = read_metrics(record.path) or [{"epoch": 1, **after}]  # a defense without rounds has no rows
     figure, (left, right) = panels(1, 2, (7.2, 2.7))
     losses = dict.fromkeys(name for row in rows for name in row if name == "loss" or name.endswith("_loss"))
     _plot(left, rows, {}, {name: (name.replace("_", " "), None, "-") for name in losses})

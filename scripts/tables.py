@@ -131,10 +131,13 @@ def _overview(section: Section) -> str:
     attacks = list(dict.fromkeys(attack for cells in rows.values() for attack in cells))
     counted = {cell.attack_name for cell in section.cells if cell.figures["asr"] and not cell.dead}
     took = [attack for attack in attacks if attack in counted] or attacks
-    order = {name: (name != NONE, not cells.keys() >= {*took}, -(_mean_of_known(cells, "der") or 0))
-             for name, cells in rows.items()}  # fmt: skip
+
+    def order(row: tuple[str, dict[str, TableCell]]) -> tuple[Any, ...]:
+        """The undefended networks first, then the best mean DER; last what lacks attacks."""
+        return row[0] != NONE, not row[1].keys() >= {*took}, -(_mean_of_known(row[1], "der") or 0)
+
     body = []
-    for name, cells in sorted(rows.items(), key=lambda row: order[row[0]]):
+    for name, cells in sorted(rows.items(), key=order):
         means = mean_row([cells[a].means(*PERCENT) for a in took]) if cells.keys() >= {*took} else [None] * 4
         means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
         body.append([name, *map(shown, means), *(_asr(cells.get(attack)) for attack in attacks)])
