@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from decimal import ROUND_DOWN, Context
+from functools import cache
 from numbers import Real
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -78,7 +79,8 @@ class Option:
         raise _misfit(f"none, or {self.range}" if split_hint(self.hint)[2] else self.range)
 
 
-def options(cls: type) -> dict[str, Option]:
+@cache
+def options(cls: type) -> Mapping[str, Option]:
     """The parameters of a dataclass, by name."""
     hints, found = typing.get_type_hints(cls), {}
     for each in (one for one in fields(cls) if one.init):
@@ -95,7 +97,7 @@ def options(cls: type) -> dict[str, Option]:
 
 def check(settings: Any, of: str = "") -> None:
     """ConfigError if a field of the dataclass has the wrong type or is out of its range; `of` says whose it is."""
-    for name, option in options(type(settings)).items():
+    for name, option in options(settings.__class__).items():
         if not (words := _words(option.hint)):  # a method of somebody's own may have a field that cannot be a flag
             continue
         value = getattr(settings, name)
@@ -108,6 +110,7 @@ def check(settings: Any, of: str = "") -> None:
         require(name + of, value, ok, words)
 
 
+@cache
 def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
     """(type, its parts, whether None is allowed): of `tuple[int, ...] | None` that is (tuple, (int, ...), True)."""
     parts = typing.get_args(hint)
@@ -142,6 +145,7 @@ def _misfit(allowed: str) -> ConfigError:
     return ConfigError(f"allowed is {allowed}", allowed=allowed)
 
 
+@cache
 def _words(hint: Any) -> str:
     """What a type allows; "" for one that no flag can have."""
     kind, parts, optional = split_hint(hint)

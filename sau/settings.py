@@ -177,7 +177,7 @@ class Settings:
     def _groups(self) -> dict[str, list[Option]]:
         """Every parameter once, by the heading of help that it stands under: the method's own come first."""
         headings = {"training": {*options(Training), "augment"}}
-        headings |= {"the run": {name for each in self.sections if issubclass(each, Run) for name in options(each)}}
+        headings |= {"the run": {name for each in self.sections if Run in each.__mro__ for name in options(each)}}
         headings |= {"a network of your own": {*options(OwnRun)} if OwnRun in self.sections else set()}
         groups: dict[str, list[Option]] = {self.method.name: [], **{heading: [] for heading in headings}}
         for name, option in self.known.items():

@@ -65,7 +65,9 @@ def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global generators inside the block and restore their state after it."""
     check_seed(seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # without `devices` it warns of many
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():  # where there is none, it would keep each seed with a stack trace
+            torch.cuda.manual_seed_all(seed)
         yield
 
 
