@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -148,12 +148,19 @@ class Guess(NamedTuple):
     prefix: str
 
 
+@cache
+def _ends(name: str) -> tuple[str, str]:
+    """The first and the last name in the state dict of a network, which width and classes do not change."""
+    first, *_, last = state_dict_spec(partial(unwrapped, name, 10, 64))
+    return first, last
+
+
 def guess(found: Weights) -> Guess | None:
     """The network whose names and shapes are in `found`: preactresnet18 of any width, one of torchvision's classifiers
     (except regnet, which needs memory to be compared), or None; RecordError if it is there more than once."""
     names = sorted(torchvision_names(), key=lambda name: [not name.startswith(start) for start in _FIRST])
     for name in [*MODELS, *(name for name in names if not name.startswith("regnet"))]:
-        first, *_, last = state_dict_spec(partial(unwrapped, name, 10, 64))
+        first, last = _ends(name)
         for start in found.starts(first):
             head, tail = found.tensors[start + first], found.tensors.get(start + last)
             if tail is not None and 0 not in (head.ndim, tail.ndim) and 0 < len(head) <= _WIDEST:
