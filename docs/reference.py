@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
-from sau.config import Option, options
+from sau.config import Option, options, ordered
 
 MARK = re.compile(r"^<!-- api: ([\w.]+) -->$", re.MULTILINE)
 HEAD = ("name", "default", "meaning")
@@ -61,16 +61,6 @@ def described(thing: Any) -> str:
 def is_settings(thing: Any) -> bool:
     """Whether its fields are parameters of `sau.config.param`."""
     return is_dataclass(thing) and any(option.help for option in options(thing).values())  # type: ignore[arg-type]
-
-
-def ordered(cls: type) -> list[Option]:
-    """The parameters of a class: its own first, then those of its bases, the most general last."""
-    line = cls.__mro__
-
-    def introduced(name: str) -> int:
-        return max(at for at, each in enumerate(line) if name in inspect.get_annotations(each))
-
-    return sorted(options(cls).values(), key=lambda option: introduced(option.name))
 
 
 def values(hint: Any, limits: str = "") -> str:

@@ -95,6 +95,16 @@ def options(cls: type) -> Mapping[str, Option]:
     return found
 
 
+def ordered(cls: type) -> list[Option]:
+    """The parameters of a dataclass: its own first, then those of its bases, the most general last."""
+    line = cls.__mro__
+
+    def introduced(name: str) -> int:
+        return max(at for at, each in enumerate(line) if name in inspect.get_annotations(each))
+
+    return sorted(options(cls).values(), key=lambda option: introduced(option.name))
+
+
 def check(settings: Any, of: str = "") -> None:
     """ConfigError if a field of the dataclass has the wrong type or is out of its range; `of` says whose it is."""
     for name, option in options(settings.__class__).items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
-from sau.config import check, param
+from sau.config import check, ordered, param
 from sau.errors import DataError, require
 from sau.files import checksum
 
@@ -59,10 +59,9 @@ class Method:
             )
         if "graph_safe" not in vars(cls) and "step" in vars(cls):
             cls.graph_safe = False
-        helps = {name: each.metadata.get("help") for name, each in vars(cls).items() if hasattr(each, "metadata")}
-        if lines := [f"    {name}: {text}." for name, text in helps.items() if text]:
-            cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "Args:", *lines, ""])
         dataclass(frozen=True, kw_only=True)(cls)
+        if lines := [f"    {option.name}: {option.about}." for option in ordered(cls) if option.help]:
+            cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Args:", *lines, ""])
         made = {one.name for one in fields(cls)} - inherited
         if fixed := sorted(name for name in made if any(hasattr(base, name) for base in cls.__bases__)):
             raise TypeError(f"{cls.__name__}: {', '.join(fixed)} would become a parameter; write it without a type")

@@ -126,7 +126,8 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> 
     if found.classes and not names:
         theirs = f"{found.path.name} names its classes {short_names(found.classes)}"
         notes.append(f"{theirs}, which are not the names of the folders; the folders are numbered in order")
-    counts = f"{len(given)} clean images to purify with, {len(test)} to measure with"
+    size = "x".join(map(str, images.pixels.shape[2:]))
+    counts = f"{len(given)} clean images to purify with, {len(test)} to measure with, at {size}"
     stem = re.sub(r"[^A-Za-z0-9]+", "_", place.name if came else place.stem).strip("_")[:80] or "network"
     return Subject(
         folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"), model=model,

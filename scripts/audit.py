@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--result_file", required=True, nargs="+", help="attacks: folders or names below --record_root, like badnet_s0")
     add("--defense", action="extend", nargs="+", default=[], help="defenses in it, by name or by folder")
-    add("--control", nargs="+", help="a network without a backdoor for each attack, on the same images [none]")
+    add("--control", nargs="+", help="a network without a backdoor, or one for each attack, on the same images [none]")
     for name, option in CONFIG.items():
         shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
         add(f"--{name}", help=f"{option.help} [{'all that there is material for' if name == 'parts' else shown}]")
@@ -50,9 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     """Audit one attack after the other: draw, and print the tables."""
-    where, controls = use_device(given), given.control or [None] * len(given.result_file)
-    if len(controls) != len(given.result_file) or (given.out and len(controls) > 1):
-        raise ConfigError(f"there are {len(controls)} of --control; allowed is one for each attack, and --out for one")
+    where, count = use_device(given), len(given.result_file)
+    controls = given.control or [None]
+    controls = controls * count if len(controls) == 1 else controls
+    if len(controls) != count:
+        raise ConfigError(f"there are {len(controls)} of --control; allowed is one, or one for each attack")
+    if given.out and count > 1:
+        raise ConfigError(f"--out is for one attack, there are {count}; leave it out")
     settings = {name: Setting(getattr(given, name), f"--{name}") for name in CONFIG if getattr(given, name) is not None}
     chosen = values(settings, CONFIG)
     if "parts" not in chosen and given.control is None:

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from sau.data.images import BACKDOOR, Images
 from sau.errors import RecordError, require, run_command
 from sau.evaluate import last_features, predict
-from sau.files import existing, write
+from sau.files import write
+from sau.grid.store import find
 from sau.record import attack_result
 from sau.report.tables import markdown
 from sau.tools import Parser, add_device, use_device
@@ -100,7 +101,7 @@ def main() -> None:
     add_device(parser)
     asked = parser.parse_args()
     require("--expected", asked.expected, 0 < asked.expected <= 2 / 3, "above 0 and up to 2/3")
-    device, attacked = use_device(asked), attack_result.load(existing(asked.record_root, asked.name))
+    device, attacked = use_device(asked), attack_result.load(find(asked.record_root, asked.name))
     train, kind = attacked.given(attacked.images(asked.dataset_path)[0], "poisoned")
     if kind != "poisoned":
         raise RecordError(f"{attacked.path} is a clean network; name an attack")

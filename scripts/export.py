@@ -21,7 +21,7 @@ import numpy as np
 from sau.compat.backdoorbench import exported_images, new_folder, save_png, write
 from sau.data.images import Images
 from sau.errors import ConfigError, run_command
-from sau.files import existing
+from sau.grid.store import find
 from sau.record import attack_result
 from sau.tools import Parser
 
@@ -59,7 +59,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.name_there is not None and asked.format != "backdoorbench":
         raise ConfigError(f"--name_there goes with --format backdoorbench, got is {asked.format}; leave it out")
-    attacked, target = attack_result.load(existing(asked.record_root, asked.name)), Path(asked.out).absolute()
+    attacked, target = attack_result.load(find(asked.record_root, asked.name)), Path(asked.out).absolute()
     if asked.format == "backdoorbench":
         write(attacked, target, asked.name_there or target.name, asked.dataset_path)
     else:

@@ -5,8 +5,8 @@ import math
 import statistics
 from typing import Any
 
-from sau import files
 from sau.errors import RecordError, require
+from sau.grid.store import find
 from sau.pgd import Search
 from sau.record import attack_result
 from sau.record.folder import Record
@@ -72,11 +72,11 @@ def radii(args: argparse.Namespace) -> None:
     device = use_device(args)
     require("--samples", args.samples, args.samples >= 1, "1 and more")
     searches = [Search(eps=eps, steps=args.steps, restarts=1) for eps in args.radii]
-    attacked = attack_result.load(files.existing(args.record_root, args.record))
+    attacked = attack_result.load(find(args.record_root, args.record))
     networks = {"attacked": attacked.model()}
     for name in args.defenses:
         networks[name] = attacked.model()
-        attack_result.load_weights(networks[name], files.safe_join(attacked.path, "defense", name))
+        attack_result.load_weights(networks[name], find(attacked.path / "defense", name))
     _, test, _ = attacked.images(args.dataset_path)
     test, triggered = test.to(device), attacked.triggered and attacked.triggered.to(device)
     reference = attacked.model().to(device)

@@ -127,7 +127,8 @@ def _overview(section: Section) -> str:
     rows: dict[str, dict[str, TableCell]] = {}
     for cell in section.cells:
         rows.setdefault(cell.name, {})[cell.attack_name] = cell
-    paper = {cell.attack_name: cell.attack for cell, _ in published_rows(section)}
+    pairs = [cell for cell, _ in published_rows(section)]
+    paper, compared = {cell.attack_name: cell.attack for cell in pairs}, {cell.name for cell in pairs}
     attacks = list(dict.fromkeys(attack for cells in rows.values() for attack in cells))
     counted = {cell.attack_name for cell in section.cells if cell.figures["asr"] and not cell.dead}
     took = [attack for attack in attacks if attack in counted] or attacks
@@ -139,7 +140,8 @@ def _overview(section: Section) -> str:
     body = []
     for name, cells in sorted(rows.items(), key=order):
         means = mean_row([cells[a].means(*PERCENT) for a in took]) if cells.keys() >= {*took} else [None] * 4
-        means += _published(next(iter(cells.values())), [paper.get(attack) for attack in took]) if paper else []
+        theirs = [paper.get(attack) for attack in took if name in compared]
+        means += _published(next(iter(cells.values())), theirs) if paper else []
         body.append([name, *map(shown, means), *(_asr(cells.get(attack)) for attack in attacks)])
     head = ["defense", "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]  # first, so that nobody has to scroll to them
     head += ["published: ACC", "ASR", "R-ACC", "DER"] if paper else []

@@ -346,6 +346,7 @@ def test_the_script_audits_a_grids_records_and_their_audits_are_compared(victim,
         shutil.copytree(clean, root / f"prototype_0123456789_s{seed}")
     names = ("--result_file", "badnet_s0", "badnet_s1", "--control", "prototype_s0", "prototype_s1")
     assert script("audit.py", *names, "--defense", "ft", *BRIEF)[0] == 0
+    assert script("audit.py", *names[:5], "--defense", "ft", *BRIEF)[1].count("finished") == 2  # a control for both
     audits = [root / f"badnet_r0.1_0123456789_s{seed}" for seed in "01"]
     assert {file.name for file in (audits[0] / "audit").iterdir()} == {"audit.json", "audit.png", "audit.svg"}
     found = [read(place) for place in audits]
@@ -368,7 +369,8 @@ def test_the_script_does_without_a_control_what_can_be_done(victim, script):
     status, out, _ = script("audit.py", *flags, "--out", "elsewhere")
     assert status == 0 and "is this audit, finished" in out and "ASR" not in out
     there = ("--out", "elsewhere", "--samples", "50"), "is another audit"
-    for wrong, key in ((("--parts", "bec"), "bec"), (("--control", "a", "b"), "control"), there):
+    several = ("--result_file", "a", "b", "--out", "x"), "--out is for one"
+    for wrong, key in ((("--parts", "bec"), "bec"), (("--control", "a", "b"), "control"), there, several):
         status, _, err = script("audit.py", *flags, *wrong)
         assert status == 2 and key in the_error(err)
 

@@ -121,8 +121,7 @@ def test_what_a_loader_leaves_over_joins_its_last_batch(count, size, sizes):
     batches = clean_batches(loader, 256, torch.device("cpu"), (None, None), 0)
     assert len(batches) == len(sizes)
     seen = [y for _, y in unaugmented(batches)]
-    assert [len(y) for y in seen] == sizes
-    assert torch.cat(seen).tolist() == numbers.tolist()
+    assert [len(y) for y in seen] == sizes and torch.cat(seen).tolist() == numbers.tolist()
     assert all(torch.equal((x[:, 0, 0, 0] * 255).round().long(), y) for x, y in batches)
 
 
@@ -272,6 +271,7 @@ def test_digits_are_scaled_by_16_and_truncated():
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    assert str(load("digits")[1]) == "Images(360 of 3x16x16, 10 classes, 0 poisoned)"
     for images, part in zip(load("digits"), parts, strict=True):
         assert images.labels.tolist() == labels[part].tolist() and images.num_classes == 10
         assert images.pixels.dtype == torch.uint8 and (images.role == 0).all()

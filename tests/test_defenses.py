@@ -52,7 +52,7 @@ def test_every_defense_has_a_row_its_module_and_its_help(name):
     defense = DEFENSES[name]
     assert set(ROWS) == set(DEFENSES)
     assert defense.name == name and defense.__module__ in (f"sau.defense.{name.replace('-', '_')}", FTSAM.__module__)
-    assert defense.__doc__ and all(option.help for option in options(defense).values())
+    assert all(one.help and f"    {one.name}: {one.about}." in defense.__doc__ for one in options(defense).values())
     names = [other for option in options(defense).values() for other in (option.name, *option.aliases)]
     assert len(names) == len(set(names)) and defense().selection == "defender"
     made = ROWS[name].defense

@@ -125,8 +125,7 @@ def test_a_file_replaces_parts_of_those_that_it_includes(planned, tmp_path):
     grid = read(tmp_path / "mine.yaml")
     (block,) = grid.blocks
     wanted = {"attack.width": 2, "attack.epochs": 1, "ft.epochs": 1, "ft.lr": 0.5}
-    assert block.seeds == (4,) and block.overrides == wanted
-    assert grid.published == (str(tmp_path / "there"),)
+    assert block.seeds == (4,) and block.overrides == wanted and grid.published == (str(tmp_path / "there"),)
 
 
 def test_some_cells_can_be_chosen_and_bring_their_attacks(planned):

@@ -195,8 +195,7 @@ def test_floats_are_averaged_over_images_and_counts_summed():
         return {"loss": torch.tensor(next(losses)), "count": torch.tensor(len(x))}
 
     run(step, Plain([3, 3, 1]), 2, on_epoch=lambda epoch, losses, state: reports.append((epoch, losses)))
-    assert seen == [3, 3, 1] * 2
-    assert [epoch for epoch, _ in reports] == [1, 2]
+    assert seen == [3, 3, 1] * 2 and [epoch for epoch, _ in reports] == [1, 2]
     for _, report in reports:
         assert report["loss"] == pytest.approx(17 / 7) and report["count"] == 7
 

@@ -90,8 +90,7 @@ def test_bf16_computes_in_bf16_and_answers_in_float32():
         rough = model(x)
         model.amp = False
         exact = model(x)
-    assert inside == [torch.bfloat16, torch.float32]
-    assert rough.dtype == exact.dtype == torch.float32
+    assert inside == [torch.bfloat16, torch.float32] and rough.dtype == exact.dtype == torch.float32
     assert not torch.equal(rough, exact) and torch.allclose(rough, exact, atol=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 

@@ -128,8 +128,7 @@ def test_facts_come_back(tmp_path):
         again = begun(tmp_path / "a", command=command, run={"trigger_radius": 0.9})
     assert again.config["amp"] is True and again.config["values"] == [1, 2]
     stored = read_config(tmp_path / "a" / CONFIG)
-    assert stored == again.config and stored["run"] == {"trigger_radius": 0.9}
-    assert stored["command"] == "third"
+    assert stored == again.config and stored["run"] == {"trigger_radius": 0.9} and stored["command"] == "third"
 
 
 @pytest.mark.parametrize(("other", "words"), [

@@ -292,6 +292,10 @@ def test_only_runs_of_the_published_setting_stand_beside_the_published(tmp_path,
     for seed in (0, 1):
         defense(tmp_path / f"badnet_s{seed}", "ft", seed, acc=90.0)
     assert compared(tmp_path)["ft"].acc.values == (-40.0, -1.0)  # another ratio is another attack
+    defense(attack(tmp_path / "few"), "sau", ratio=0.01)  # of the images, as another rival has more of them
+    defense(tmp_path / "few" / "badnet_s0", "ft", ratio=0.1)
+    assert [cell.defense for cell, _ in compare(tables(tmp_path / "few")[0])] == ["none"]
+    assert compared(tmp_path / "few") == {}
     attack(tmp_path / "other", dataset="gtsrb")
     assert compare(tables(tmp_path / "other")[0]) == []
     monkeypatch.setitem(NETWORK, "name", "vgg19_bn")

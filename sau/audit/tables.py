@@ -108,7 +108,7 @@ def _steps(lines: Mapping[str, Line]) -> list[Any]:
 
 
 def _title(key: Key) -> str:
-    return TITLES.get(key, f"{key[0]}: trigger and the {key[1]}")
+    return TITLES.get(key, ": ".join(filter(None, key)))
 
 
 def draw(audits: Sequence[Audit]) -> "Figure":

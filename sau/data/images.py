@@ -43,6 +43,10 @@ class Images:
     index: Labels
     num_classes: int
 
+    def __repr__(self) -> str:
+        poisoned, size = int((self.role != CLEAN).sum()), "x".join(map(str, self.pixels.shape[1:]))
+        return f"Images({len(self.labels):,} of {size}, {self.num_classes} classes, {poisoned:,} poisoned)"
+
     @classmethod
     def clean(cls, pixels: Any, labels: Any, num_classes: int) -> "Images":
         """Images without poison, from tensors, arrays or lists; DataError for other shapes and types, and for labels

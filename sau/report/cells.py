@@ -64,6 +64,11 @@ class TableCell:
         return marked(f"{self.defense} {self.label}".strip(), "oracle" if self.oracle else None)
 
     @property
+    def share(self) -> float | None:
+        """Of the training images, how many the defense was given, where that is recorded."""
+        return (self.results[0].settings or {}).get("ratio")
+
+    @property
     def competes(self) -> bool:
         """Whether it may have a rank."""
         return self.defense != NONE and self.figures["der"] is not None and not (self.oracle or self.dead)

@@ -96,7 +96,7 @@ def published_rows(section: Section) -> list[tuple[TableCell, Row]]:
     found = []
     for cell in section.cells:
         row = tables[cell.defense]["rows"].get(cell.attack) if cell.defense in tables else None
-        own = cell.results[0].attack_settings or {}
+        own = (cell.results[0].settings or {}) | (cell.results[0].attack_settings or {})
         if row is not None and all(own.get(key, value) == value for key, value in setting.items()):
             found.append((cell, row))
     return sorted(found, key=lambda pair: (published()["names"][pair[0].attack], pair[0].defense != NONE))
@@ -134,8 +134,9 @@ class PairedComparison:
 
 
 def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str, bool, PairedComparison]]:
-    """A defense against each rival, over attacks that took: (rival, whether test data chose for it, comparison); the
-    strongest rival first, those with an oracle last. A defense that test data chose is compared with none."""
+    """A defense against each rival with the same share of clean images, over attacks that took: (rival, whether test
+    data chose for it, comparison); the strongest rival first, those with an oracle last. A defense that test data chose
+    is compared with none."""
     groups: dict[str, list[TableCell]] = defaultdict(list)
     for cell in section.cells:
         if not cell.dead:
@@ -144,7 +145,8 @@ def paired_comparisons(section: Section, defense: str = "sau") -> list[tuple[str
     for own in ours:
         label = f" (for {own[0].name})" * (len(ours) > 1)  # ours, where it ran with several settings
         for name, rival in groups.items():
-            if rival[0].defense not in (defense, NONE) and (comparison := _compare(own, rival)):
+            alike = rival[0].defense not in (defense, NONE) and len({own[0].share, rival[0].share} - {None}) < 2
+            if alike and (comparison := _compare(own, rival)):
                 found.append((name + label, rival[0].oracle, comparison))
     return sorted(found, key=lambda item: (item[1], item[2].der.mean))
 
