@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pkgutil import resolve_name
@@ -26,14 +26,13 @@ from sau.files import release_all, safe_join, write
 from sau.loop import Limit, RunContext, forecast
 from sau.models import MODELS, build
 from sau.models.normalized import copied
-from sau.optim import Method, Training
+from sau.optim import Training
 from sau.record import attack_result
 from sau.record.folder import Record
-from sau.risk import gauge, passes
+from sau.risk import passes, risk_meter
 from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity
-from sau.settings import Settings, sentence
+from sau.settings import METHODS, Settings, sentence
 
-METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 UNREAD = {"all2all": "attack_target", "all2one": "attack_label_shift_amount"}  # the flag of the other label rule
 TOOLS = {"grid": "sau.grid.command:main"}
 TOOLS |= {name: f"sau.tools:{name}" for name in ("report", "figures", "verify", "inspect")}
@@ -153,7 +152,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     run, method, given = subject.of(asked)
     where = machine.prepare(asked.device)
     machine.set_threads(run.threads)
-    model, clean, test = given.model.to(where), given.given.to(where), given.test.to(where)
+    model, clean, test = given.model.to(where), given.images.to(where), given.test.to(where)
     triggered = given.triggered and given.triggered.to(where)
     method = method.fitted(asked.replaced(), model, len(clean), given.lines.append)
 
@@ -168,7 +167,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if run.track_risk or given.own:  # `purify` leaves the network as it is, so that it is the reference throughout
         images, each = min(len(test), run.risk_samples), seconds / (len(test) + (len(triggered) if triggered else 0))
         forecast("the search for the risks", images * each * passes(run.search(), bool(triggered)), record.log)
-        risks = gauge(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
+        risks = risk_meter(model, test, triggered, run.risk_samples, run.search(), run.random_seed)
     threat, searched = risks and risks(model), time.monotonic() - begun - seconds
     # Each evaluation measures the risks, or only the end does.
     expected = (seconds + searched, risks, 0.0) if run.track_risk else (seconds, None, searched)

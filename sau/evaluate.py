@@ -16,7 +16,7 @@ from sau.models.normalized import check_labels, classifier, eval_mode, forward_h
 
 # In percent, for the words of `conclusion`: at most this ASR is left of a backdoor that is gone, which costs no more
 # ACC than this, and at least this R-ACC is right again.
-GONE, COST, RIGHT = 10.0, 5.0, 70.0
+GONE, MAX_COST, MIN_RACC = 10.0, 5.0, 70.0
 LEARNED = 0.2  # of the way from chance to all images: of a network that is worse an ASR says nothing
 NORM_BATCH = 256  # images at a time for statistics of batch norm
 AT_ONCE, AT_ONCE_ON_CPU = 500, 128  # images; the caches of a CPU do not hold the activations of more
@@ -244,7 +244,8 @@ def conclusion(before: Score, after: Score, took: bool = True, images: bool = Tr
     if not took or before.asr.percent <= GONE:
         first = f"The attack did not take, so nothing can be said of the backdoor: ASR {asr}"
         return f"{first}\n{cost}\nNext: an attack with a higher ASR or ACC, then this defense again."
-    more, right = "more clean images (--ratio) or " if images else "", bool(after.racc and after.racc.percent >= RIGHT)
+    more = "more clean images (--ratio) or " if images else ""
+    right = bool(after.racc and after.racc.percent >= MIN_RACC)
     if after.asr.percent > GONE:
         first = "weaker, but not gone" if after.asr.percent <= before.asr.percent / 2 else "still there"
         third = "Triggered images with their true label"
@@ -253,7 +254,7 @@ def conclusion(before: Score, after: Score, took: bool = True, images: bool = Tr
         first = "gone"
         third = "Triggered images get their true label again" if right else "The trigger still leads to wrong labels"
         advice = f"{more}milder settings, chosen on clean images and not by these figures"
-        if right and lost <= COST:
+        if right and lost <= MAX_COST:
             advice = "other attacks and seeds; scripts/audit.py tries to bring the backdoor back"
     return f"The backdoor is {first}: ASR {asr}\n{cost}\n{third}: R-ACC {racc}\nNext: {advice}."
 

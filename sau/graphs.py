@@ -227,12 +227,12 @@ def fixed_norms(network: Any, x: Tensor) -> AbstractContextManager[Any]:
     return FixedNorms() if x.is_cuda and not getattr(network, "compiled", False) else nullcontext()
 
 
-def search_twin(model: Any) -> dict[str, Any]:
-    """The state entry `frozen`, by which a search goes through a network that is being trained: a copy of `model` that
-    shares its weights and statistics in memory and forms no gradients of weights. Only on CUDA or where it is compiled.
+def frozen_forward(model: Any) -> dict[str, Any]:
+    """`{"frozen": forward}` of a copy of `model` that shares its tensors and forms no gradients of weights, for searches
+    while it is trained; {} on the CPU, unless compiled.
 
-    Compiled code and `FixedNorms` form all gradients that there may be, used or not, and the former is compiled anew
-    when `requires_grad` changes.
+    Compiled code and `FixedNorms` compute the gradients of weights even where `autograd.grad` asks for the input's
+    alone, and changing `requires_grad` compiles anew.
     """
     if not getattr(model, "compiled", False) and not next(model.parameters()).is_cuda:
         return {}

@@ -20,13 +20,14 @@ Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Bounded = Literal["L_inf", "L2", "L1"]  # those that have a ball
 Init = Literal["zero", "random", "max", "min"]
 INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps) or random (uniform)"
-BUCKET = 32
+BATCH_MULTIPLE = 32
 SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
 PATCHES_HELP = "share of each batch that gets a patch, the same for all images, instead of e in S"
-FEW, STEPS, CLASSES = 20, 60, 10  # images of SAU's patches; steps and classes of a search for the smallest ones
-MOST = 0.9  # share of the images of other classes that such a patch must lead to its class
-SMALL = 0.5  # of the typical size: a patch below it is a backdoor's
-LARGEST = 1 / 8  # of the image, which shared patches cover at most
+PATCH_IMAGES = 20  # that SAU's patches are searched on
+STEPS, CLASSES = 60, 10  # of a search for the smallest patches
+PATCH_SUCCESS = 0.9  # share of the images of other classes that such a patch must lead to its class
+SUSPICIOUS = 0.5  # of the typical size: a patch below it is a backdoor's
+MAX_PATCH_AREA = 1 / 8  # of the image, which shared patches cover at most
 Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
 RADII = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 8"
 
@@ -142,7 +143,7 @@ def length(e: Change, norm: Norm) -> PerImage:
 def unsettled(settled: Flags) -> Tensor:
     """Places [M] of the images that are not settled, and of some that are, so that M is a multiple of 32, or all:
     every new batch size costs the convolutions a set-up."""
-    size = -(-int((~settled).sum()) // BUCKET) * BUCKET
+    size = -(-int((~settled).sum()) // BATCH_MULTIPLE) * BATCH_MULTIPLE
     return settled.to(torch.uint8).argsort(stable=True)[:size]
 
 
@@ -207,10 +208,10 @@ def smallest_patches(
 
 
 def patches_in_parts(network: nn.Module, x: Pixels, y: Labels, *start: Tensor) -> list[tuple[Patches, Tensor]]:
-    """`smallest_patches` with `success` MOST from `start`, classes, masks and patterns; where memory runs out, of each
-    half of the classes on its own."""
+    """`smallest_patches` from `start`, classes, masks and patterns; where memory runs out, of each half of the classes
+    on its own."""
     try:
-        return [smallest_patches([network], x, y, start[0], (start[1], start[2]), MOST)]
+        return [smallest_patches([network], x, y, start[0], (start[1], start[2]), PATCH_SUCCESS)]
     except (RuntimeError, MemoryError) as error:
         if len(start[0]) == 1 or not lacks_memory(error):
             raise
@@ -260,14 +261,14 @@ class SharedPatches(nn.Module):
 
     def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
         super().__init__()
-        x, y, largest = x[:FEW], y[:FEW], LARGEST * x[0, 0].numel()
+        x, y, largest = x[:PATCH_IMAGES], y[:PATCH_IMAGES], MAX_PATCH_AREA * x[0, 0].numel()
         classes, first, sizes = patch_of_each_class(network, x, y, tries=3)
         _, whole, values = patch_of_each_class(network, x, y, (1, 1), tries=3)
         self.first_masks, self.first_patterns = (nn.Buffer(part) for part in first)
         self.masks, self.patterns = (nn.Parameter(logit(part)) for part in first)
         self.values, self.pictures = (nn.Parameter(logit(part)) for part in whole)
         self.classes: Tensor = nn.Buffer(classes.repeat(3))
-        limits = [(SMALL * sizes.median()).clamp_max(largest), values.median().clamp_max(largest)]
+        limits = [(SUSPICIOUS * sizes.median()).clamp_max(largest), values.median().clamp_max(largest)]
         self.limits: Tensor = nn.Buffer(torch.stack([limits[0], *limits]).repeat_interleave(len(classes)))
         self.cost: Tensor = nn.Buffer(torch.full_like(self.limits, 0.02))
         shares = [each.clamp(1, largest) ** -2 for each in (sizes, values)]  # a search that fails has no size

@@ -128,7 +128,7 @@ def measure(
         return hunt.run(clean, triggered, place)
 
 
-def gauge(
+def risk_meter(
     reference: nn.Module, clean: Images, triggered: Images | None, count: int, search: Search, seed: int
 ) -> Callable[[nn.Module], Found]:
     """Measures the risks of one network after the other on the same sample, with the same search."""

@@ -18,13 +18,16 @@ from typing import Any, Literal, NoReturn
 import torch
 import yaml
 
+from sau.attack import ATTACKS
 from sau.config import Option, Setting, load_yaml, nearest, once, options, settings_of, split_hint, values, written
 from sau.data.sources import SOURCES
+from sau.defense import DEFENSES
 from sau.device import choose_device
 from sau.errors import ConfigError
 from sau.optim import Method, Training
 from sau.run import RECIPES, AttackRun, OwnRun, Run
 
+METHODS: dict[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 FILES = ("yaml_path", "bd_yaml_path")  # flags that name YAML files, in rising precedence
 # Needed before the recipe and the data set are known, so that they cannot depend on these.
 EARLY = ("dataset", "recipe", "device", "record_root", "result_file", "model_file")

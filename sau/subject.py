@@ -20,7 +20,8 @@ from sau.data.readers import class_folders, image_folder
 from sau.data.sources import check_clean_set, clean_subset, fingerprint, source
 from sau.defense.base import Defense
 from sau.errors import ConfigError, DataError
-from sau.files import existing, safe_join
+from sau.files import safe_join
+from sau.grid.store import find
 from sau.models import Normalized
 from sau.models.normalized import check_logits, logits_of, to_channels_last
 from sau.record import attack_result
@@ -35,7 +36,7 @@ class Subject:
 
     folder: Path  # of the result
     model: Normalized
-    given: Images  # to purify with
+    images: Images  # to purify with
     test: Images  # clean images to measure with
     identity: dict[str, Any]  # what determines the result besides the defense
     facts: dict[str, Any]  # for `config.yaml`
@@ -66,7 +67,7 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
             asked.ignore(("model_prefix", "trust_code"), "a folder holds one network, and no code is run")
         found = _of_file(own, method, run, asked.asked)
     else:
-        attacked = attack_result.load(existing(asked.get("record_root") or Run.record_root, place))
+        attacked = attack_result.load(find(asked.get("record_root") or Run.record_root, place))
         recipe, why = asked.recipe(attacked.recipe)
         net = attacked.network
         recorded = {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, "model": net["name"]}
@@ -81,7 +82,7 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
 def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset_path: str | None) -> Subject:
     """The attacked network and the images of `attacked`; `dataset_path` is as in `AttackResult.images`."""
     train, test, notes = attacked.images(dataset_path)
-    train, kind = attacked.given(train, method.data_use)
+    train, kind = attacked.training_images(train, method.data_use)
     given, about = clean_subset(train, run.ratio, run.random_seed, run.index), "no images needed"
     if method.data_use != "none":
         notes += check_clean_set(given, test, kind)
@@ -89,7 +90,7 @@ def _of_record(attacked: AttackResult, method: Defense, run: DefenseRun, dataset
     facts = {"data": {"dataset": attacked.dataset}, "model": attacked.network, "attacked": attacked.digest}
     return Subject(
         folder=safe_join(attacked.path, "defense", run.save_folder_name or method.name), model=attacked.model(),
-        given=given, test=test, triggered=attacked.triggered, kind=kind, gate=attacked.gate,
+        images=given, test=test, triggered=attacked.triggered, kind=kind, gate=attacked.gate,
         augment=source(attacked.dataset).augment, facts={**facts, "clean_index": given.index.tolist()},
         identity={"clean": fingerprint(given), "attacked": attacked.digest}, lines=[about], notes=notes,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def _of_file(own: OwnRun, method: Defense, run: DefenseRun, asked: set[str]) -> 
     stem = re.sub(r"[^A-Za-z0-9]+", "_", place.name if came else place.stem).strip("_")[:80] or "network"
     return Subject(
         folder=safe_join(run.record_root, run.save_folder_name or f"{stem}_{method.name}"), model=model,
-        given=given, test=test, own=True, pickled=found.kind != weights.SAFE, configs=came.configs if came else None,
+        images=given, test=test, own=True, pickled=found.kind != weights.SAFE, configs=came.configs if came else None,
         facts={"own": asdict(own), "model": {"name": arch, "classes": images.num_classes, "class_names": list(shown)}},
         notes=notes, identity={**asdict(own), "clean": fingerprint(images), "attacked": found.digest},
         lines=[f"{arch} from {place}, {counts}", *([f"from the folder: {came.view.text}"] if came else []),

@@ -102,7 +102,7 @@ def main() -> None:
     asked = parser.parse_args()
     require("--expected", asked.expected, 0 < asked.expected <= 2 / 3, "above 0 and up to 2/3")
     device, attacked = use_device(asked), attack_result.load(find(asked.record_root, asked.name))
-    train, kind = attacked.given(attacked.images(asked.dataset_path)[0], "poisoned")
+    train, kind = attacked.training_images(attacked.images(asked.dataset_path)[0], "poisoned")
     if kind != "poisoned":
         raise RecordError(f"{attacked.path} is a clean network; name an attack")
     model, bad, body = attacked.model().to(device), train.role == BACKDOOR, []

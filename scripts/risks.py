@@ -12,7 +12,7 @@ from sau.record import attack_result
 from sau.record.folder import Record
 from sau.report.results import marked, read_metrics
 from sau.report.tables import markdown
-from sau.risk import gauge
+from sau.risk import risk_meter
 from sau.tools import use_device
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}
@@ -83,6 +83,6 @@ def radii(args: argparse.Namespace) -> None:
     print(f"| network | radius | {' | '.join(RISKS.values())} |\n|---|---|{'---|' * len(RISKS)}")
     for name, model in networks.items():
         for search in searches:
-            row = gauge(reference, test, triggered, args.samples, search, 0)(model.to(device)).row()
+            row = risk_meter(reference, test, triggered, args.samples, search, 0)(model.to(device)).row()
             texts = [f"{row[risk]:.1f}" if risk in row else "-" for risk in RISKS]
             print(f"| {name} | {search.eps:g} | {' | '.join(texts)} |", flush=True)

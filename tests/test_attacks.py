@@ -19,9 +19,9 @@ from sau.attack import ATTACKS, BPP, LF, SIG, SSBA, Attack, BadNet, Blended, Inp
 from sau.attack.adaptive import AdapBlend, AdapPatch, patches
 from sau.attack.blended import sailing_boat
 from sau.attack.dfba import DFBA
-from sau.attack.resilient import Anchor, clean_state, clean_step, hold_back, smooth
+from sau.attack.resilient import Anchor, hide_outliers, hold_back, sbl_state, sbl_step
 from sau.data.images import BACKDOOR, CLEAN, CROSS, Augment, Images, quantise, to_float
-from sau.defense.sau_sam import cut_closed
+from sau.defense.sau_sam import prune_closed
 from sau.errors import ConfigError, DataError
 from sau.evaluate import Proportion, predict, score
 from sau.models import Normalized, build
@@ -640,10 +640,10 @@ def test_abi_hides_what_clp_finds_after_every_epoch(monkeypatch):
     """Of 16 channels the one with a scale of 9 gets the mean of all, (15 + 9) / 16, and the mean shift, 8 / 16."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, bias=False), torch.nn.BatchNorm2d(16))
     net[0].weight.data.fill_(1), net[1].weight.data[5:6].fill_(9), net[1].bias.data[5:6].fill_(8)
-    smooth(net, torch.rand(1, 3, 2, 2), 3.0)
+    hide_outliers(net, torch.rand(1, 3, 2, 2), 3.0)
     assert net[1].weight.tolist() == [1.0] * 5 + [1.5] + [1.0] * 10 and net[1].bias.tolist()[4:7] == [0, 0.5, 0]
     calls, attack = list[float](), BadNet(abi=2.0)
-    monkeypatch.setattr("sau.attack.base.smooth", lambda model, x, u: calls.append(u))
+    monkeypatch.setattr("sau.attack.base.hide_outliers", lambda model, x, u: calls.append(u))
     attack.fit(tiny_net(), toy_images(20), Training(epochs=3, batch_size=10), session=quiet())
     assert calls == [2.0] * 3 and "abi" in attack.identity() and not {"abi", "resilient_rho"} & {*BadNet().identity()}
     with pytest.raises(ConfigError, match="abi"):
@@ -659,10 +659,10 @@ def test_sbl_holds_clean_images_back_and_learns_them_near_the_attacks_weights():
     g = (F.one_hot(y, 4) - p)[:, :, None] * x.flatten(1)[:, None]
     f = (p.gather(1, y[:, None])[:, :, None] * g**2).mean(0)
     assert torch.allclose(anchor.importance[0], f, rtol=1e-4)
-    state = clean_state(net, [(x, y)], Training(epochs=9, lr=0.1), 1, quiet())
+    state = sbl_state(net, [(x, y)], Training(epochs=9, lr=0.1), 1, quiet())
     assert state["epochs"] == 6 and state["descent"].optimizer.param_groups[0]["lr"] == 1e-3
     net[1].weight.data += 0.1
-    assert torch.allclose(F.cross_entropy(net(x), y) + 0.01 * f.sum(), clean_step(state, x, y)["loss"])
+    assert torch.allclose(F.cross_entropy(net(x), y) + 0.01 * f.sum(), sbl_step(state, x, y)["loss"])
     rest, clean = hold_back(BadNet(pratio=0.5).poison_train(toy_images(40), 0), 0.25, 0)
     assert sorted([*rest.index.tolist(), *clean.index.tolist()]) == [*range(40)]
     assert len(clean) == 10 and (clean.role == CLEAN).all()
@@ -715,5 +715,5 @@ def test_dfba_opens_its_path_to_the_trigger_alone(monkeypatch):
     x, clean = to_float(images.pixels), predict(net, images.pixels)
     assert predict(net, attack.stamp(x)).unique().tolist() == [2] != clean.unique().tolist()
     assert (net.net.linear.weight[2] == attack.path_gain).nonzero().tolist() == [[5]]
-    assert cut_closed(net, [x[:9], x[9:]]) >= 4 and not net.net.linear.weight[:, 5].any()
+    assert prune_closed(net, [x[:9], x[9:]]) >= 4 and not net.net.linear.weight[:, 5].any()
     assert torch.equal(predict(net, images.pixels), clean) and 2 not in predict(net, attack.stamp(x))

@@ -43,8 +43,7 @@ def test_the_published_settings_of_sau_are_its_defaults():
         "trigger_norm": 0.2, "pgd_init": "max", "norm_type": "L_inf", "adv_lr": 0.2, "adv_steps": 5,
         "train_mode": False, "lr": 1e-4, "batch_size": 256, "wd": 0, "optim": "adam", "adam_betas": (0.9, 0.999),
     }  # fmt: skip
-    assert {name: found[name] for name in published} == published
-    assert options(DefenseRun)["ratio"].default == 0.05
+    assert {name: found[name] for name in published} == published and options(DefenseRun)["ratio"].default == 0.05
 
 
 @pytest.mark.parametrize(("hint", "expected", "values"), [

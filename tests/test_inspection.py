@@ -261,8 +261,7 @@ def test_names_from_a_file_move_no_cursor_and_forge_no_line(tmp_path):
     for content in (shown, twice):
         report = inspect.inspect(stored(tmp_path, content))
         lines = inspect.text(report).split("\n")
-        assert all(line.isprintable() and len(line) < 1000 for line in lines)
-        assert len(lines) == len(content) + 7
+        assert all(line.isprintable() and len(line) < 1000 for line in lines) and len(lines) == len(content) + 7
 
 
 def test_verdicts_and_conversion_on_the_command_line(script, places, tmp_path):

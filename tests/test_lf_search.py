@@ -60,8 +60,7 @@ def test_deepfool_on_a_linear_network_is_one_step_of_its_closed_form():
     way = weight[1] - weight[0]
     expected = 1.02 * (logits[0] - logits[1]) / way.square().sum() * way
     found = deepfool(net, x, 1, 200, 0.02)
-    assert torch.allclose(found.flatten(), expected, atol=1e-5)
-    assert int(net((x + found)[None])[0].argmax()) == 1
+    assert torch.allclose(found.flatten(), expected, atol=1e-5) and int(net((x + found)[None])[0].argmax()) == 1
     beyond = deepfool(net, x, 1, 1, 0.5)
     assert torch.allclose(beyond.flatten(), 1.5 / 1.02 * expected, atol=1e-5)
 

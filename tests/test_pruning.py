@@ -123,10 +123,10 @@ def test_channels_that_no_image_opens_are_cut_where_no_logit_changes():
         (net := pruning_net())[2] = layer
         net.get_parameter("1.bias").data = torch.tensor([-9.0] * 2 + [1.0] * 8)
         cut = copy.deepcopy(net)
-        assert sau_sam.cut_closed(cut, pair()[0].split(3)) == count == 2 * (cut[1].bias == 0).sum()
+        assert sau_sam.prune_closed(cut, pair()[0].split(3)) == count == 2 * (cut[1].bias == 0).sum()
     for computed in (nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm):  # the weight, anew each time
         computed((cut := copy.deepcopy(net))[5])
-        assert sau_sam.cut_closed(cut, pair()[0].split(3)) == 2
+        assert sau_sam.prune_closed(cut, pair()[0].split(3)) == 2
     fixed = SAUSAM(epochs=2, batch_size=8).purify(net, pair(), session=quiet())
     assert (fixed[1].bias == 0).nonzero().tolist() == (fixed[5].weight == 0).all(0).nonzero().tolist() == [[0], [1]]
 

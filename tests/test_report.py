@@ -18,7 +18,7 @@ from sau.figures import scatter
 from sau.grid.store import load, save
 from sau.record.folder import Record
 from sau.report.cells import Section, TableCell, sections
-from sau.report.page import build
+from sau.report.page import build, repeated
 from sau.report.results import MeanStd, find_results
 from sau.report.tables import PairedComparison, as_csv, as_json, as_latex, mean_row, paired_comparisons, published
 from sau.report.tables import published_rows as compare
@@ -226,6 +226,13 @@ def test_an_attack_that_did_not_take_is_marked_and_in_no_rank_or_mean(tmp_path, 
 def test_the_gate_in_the_summary_of_a_defense_marks_its_attack(tmp_path):
     note(defense(attack(tmp_path, "sig", asr=1.9), "sau"), {"gate": {"asr": 85.0, "passed": False}})
     assert {cell.dead for cell in cells(tmp_path).values()} == {"ASR below 85 or ACC too low on 1 of 1 networks"}
+
+
+def test_a_run_is_repeated_by_its_script_or_by_the_package():
+    commands = [
+        repeated(command) for command in ("attack/badnet.py --pratio 0.1", "/x/sau/__main__.py list", "sau list")
+    ]
+    assert commands == ["python attack/badnet.py --pratio 0.1", "python -m sau list", "python -m sau list"]
 
 
 def compared(root: Path, name: str = "sau") -> dict[str, PairedComparison]:

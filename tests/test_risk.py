@@ -219,8 +219,7 @@ def test_a_sample_keeps_pictures_and_triggers_together_and_global_draws_alone():
     clean, left = sample(data, triggered, 25, seed=3)
     assert torch.equal(before, torch.get_rng_state())
     assert len(clean) == 25 and left is not None and 0 < len(left) < len(triggered)
-    assert torch.equal(clean.labels[left.index], left.true_labels)
-    assert torch.equal(clean.index, torch.arange(25))
+    assert torch.equal(clean.labels[left.index], left.true_labels) and torch.equal(clean.index, torch.arange(25))
     for i, at in enumerate(left.index):
         (origin,) = (data.pixels == clean.pixels[at]).flatten(1).all(1).nonzero()
         assert torch.equal(triggered.pixels[triggered.index == origin][0], left.pixels[i])

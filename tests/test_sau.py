@@ -28,7 +28,7 @@ OURS = {  # the release's options by our names
 @pytest.fixture(autouse=True)
 def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared samples leave the small batches of these tests as they leave large ones elsewhere."""
-    monkeypatch.setattr("sau.pgd.BUCKET", 4)
+    monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", 4)
 
 
 @cache
@@ -220,7 +220,7 @@ def test_shared_pictures_leave_the_batch(bucket: int, left: int, monkeypatch: py
     """m = 0.4 is shared from the start and leaves; m = 0.1 cannot reach the edge, so three walk on through all steps.
 
     Some shared ones stay where that makes the batch a multiple of the bucket."""
-    monkeypatch.setattr("sau.pgd.BUCKET", bucket)
+    monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", bucket)
     method = SAU(adv_steps=3)
     state = lines(method, 0.5, 0.5)
     x = torch.cat([plain(value, 1) for value in (0.1, 0.4, 0.1, 0.4, 0.1)])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sau import loop
-from sau.attack.resilient import clean_state, clean_step, fed, hold_back, smooth, trainable
+from sau.attack.resilient import hide_outliers, hold_back, normed_convolutions, sbl_state, sbl_step, trainable
 from sau.attack.triggers import TriggerContext
 from sau.config import at_most, param
 from sau.data.batches import Augment, Batches, check_seed, quantise, seeded, to_float
@@ -28,7 +28,7 @@ from sau.types import Bytes, Labels, Pixels
 
 State = dict[str, Any]
 LabelRule = Literal["all2one", "all2all"]
-GATE = 85.0  # percent: the gate on other data sets than CIFAR-10, where it is not lower there
+GATE = 85.0  # percent; on other data sets than CIFAR-10 the gate is the lower of this and `cifar10_gate`
 
 
 class Attack(Method, ABC):
@@ -262,7 +262,7 @@ class Attack(Method, ABC):
             normalized.check_logits(logits := normalized.logits_of(model, to_float(images.pixels[:8])))
         normalized.check_labels(images.labels, logits.shape[1])
         if self.abi is not None:
-            fed(model, to_float(images.pixels[:1]))  # refuses networks without such channels
+            normed_convolutions(model, to_float(images.pixels[:1]))  # refuses networks without such channels
         session = session or RunContext()
         session = session if progress else session.quiet()
         first = None if self.augments_in_compose else augment
@@ -276,9 +276,9 @@ class Attack(Method, ABC):
                 batches.epoch = recipe.epochs
                 seen = (self.compose({**data, "model": model}, x, y) for x, y, *_ in batches)
                 again = clean.batches(recipe.batch_size, seed=seed, augment=augment)
-                state = clean_state(model, seen, recipe, len(again), session) | data
+                state = sbl_state(model, seen, recipe, len(again), session) | data
                 how: Any = {"session": session.for_stage(1), "label": "clean epoch"}
-                self.run_epochs(clean_step, lambda state, x, y: (x, y), state, again, state["epochs"], **how)
+                self.run_epochs(sbl_step, lambda state, x, y: (x, y), state, again, state["epochs"], **how)
         model.zero_grad()  # or the caller's first step would include the last gradients
         model.eval()
         return model
@@ -293,7 +293,7 @@ class Attack(Method, ABC):
 
         def end_epoch(losses: dict[str, float]) -> bool | None:
             if self.abi is not None and "model" in state:
-                smooth(state["model"], to_float(state["images"].pixels[:1]), self.abi)
+                hide_outliers(state["model"], to_float(state["images"].pixels[:1]), self.abi)
             return self.end_epoch(state, losses)
 
         whole = MicroBatchedStep(self, step, state, how["session"], compose)

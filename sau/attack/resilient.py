@@ -36,7 +36,7 @@ IMAGES = 1000  # of which F is the mean
 LR, EPOCHS = 1e-3, 2 / 3  # of the clean images: learning rate, epochs beside the attack's
 
 
-def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
+def normed_convolutions(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | nn.SyncBatchNorm]]:
     """The convolutions with the batch norms that they feed (`traced` by `x`); ConfigError if there are none."""
     norms = pruning.affine_norms(model, running=True)
     with eval_mode(model):
@@ -47,11 +47,10 @@ def fed(model: nn.Module, x: Pixels) -> list[tuple[nn.Conv2d, nn.BatchNorm2d | n
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, x: Pixels, u: float) -> None:
+def hide_outliers(model: nn.Module, x: Pixels, u: float) -> None:
     """Hide in place the channels that CLP would find at `u`; `x` [1, C, H, W] is an image that `model` takes."""
-    for conv, norm in fed(model, x):
-        sigma = lipschitz(conv, norm)
-        found = sigma > sigma.mean() + u * sigma.std()
+    for conv, norm in normed_convolutions(model, x):
+        found = pruning.outliers(lipschitz(conv, norm), u)
         norm.weight[found], norm.bias[found] = norm.weight.mean(), norm.bias.mean()
 
 
@@ -106,7 +105,7 @@ def hold_back(images: Images, share: float, seed: int) -> tuple[Images, Images |
     return images[rest], images[held]
 
 
-def clean_state(model: nn.Module, images: Loader, recipe: Training, steps: int, session: RunContext) -> dict[str, Any]:
+def sbl_state(model: nn.Module, images: Loader, recipe: Training, steps: int, session: RunContext) -> dict[str, Any]:
     """What changes in SBL's second phase, and its number of `epochs`, of `steps` updates each; `images` are batches of
     the attack, whose `recipe` and `session` these are."""
     anchor = Anchor(model)
@@ -119,7 +118,7 @@ def clean_state(model: nn.Module, images: Loader, recipe: Training, steps: int, 
     return {"model": model, "anchor": anchor, "descent": descent, "epochs": epochs}
 
 
-def clean_step(state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
+def sbl_step(state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
     """One update near the anchor."""
     logits = state["model"](x)
     distance = state["anchor"](trainable(state["model"]))

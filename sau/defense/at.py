@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.defense.base import AdversarialTraining
-from sau.graphs import fixed_norms, search_twin
+from sau.graphs import fixed_norms, frozen_forward
 from sau.pgd import pgd
 from sau.types import Batched, Change, Labels, Pixels
 
@@ -34,7 +34,7 @@ class AT(AdversarialTraining):
     weight_adv: float = param(1.0, "a2, of the adversarial loss", ge=0)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
-        return {**super().prepare(model, batches), "model": model.eval(), **search_twin(model)}
+        return {**super().prepare(model, batches), "model": model.eval(), **frozen_forward(model)}
 
     def supports_microbatch(self) -> bool:
         return True

@@ -89,9 +89,9 @@ class Defense(Method, ABC):
         self, given: Mapping[str, Any], model: nn.Module, images: int, say: Callable[[str], None],
         per_epoch: int | None = None,
     ) -> "Defense":  # fmt: skip
-        """`adapted`, or these settings where the user gave one that it changes, or a rate, schedule or optimiser; says
-        which it is. A batch size that the user gave stays, and the rest adapts to it. `given` are the settings that the
-        user gave, by name, with the values that they would have otherwise."""
+        """`adapted`, but `self` if the user set a rate, schedule or optimiser, or anything that `adapted` changes; says
+        which. A batch size of the user's stays, and the rest adapts to it. `given` are the settings that the user gave,
+        by name, with the values that they would have otherwise."""
         rates, sized = {"lr", "min_lr", "lr_scheduler", "client_optimizer"}, "batch_size" in given
         plain = replace(self, **{name: given[name] for name in given.keys() & {*rates, "batch_size"}})
         batches = per_epoch or (count_batches(images, self.batch_size) if sized else None)

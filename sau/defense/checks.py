@@ -26,13 +26,14 @@ from sau.device import free_memory
 from sau.errors import ConfigError, TrainingError, lacks_memory
 from sau.loop import RunContext, forecast
 from sau.models import normalized
-from sau.pgd import CLASSES, SMALL, STEPS, patch_of_each_class, smallest_patches
+from sau.pgd import CLASSES, STEPS, SUSPICIOUS, patch_of_each_class, smallest_patches
 from sau.types import Batched, Labels, Pixels
 
-HARM, RIGHT = 0.1, 0.95  # of the clean images: what must not be lost; from here on nothing is wrong
+MAX_ACC_DROP, GOOD_ACC = 0.1, 0.95  # shares of the clean images; from the second on nothing is wrong
 LARGE = 1e9  # bytes of an update that are worth a line
 SHUFFLED = 20  # images that chance does not sort by class
-FEW, MANY, HALF = 40, 60, 0.5  # at most so many images in the verdict's searches; what the second patch must lead
+SEARCH_IMAGES = 40  # at most, of the verdict's first search
+GROW_IMAGES, GROW_SHARE = 60, 0.5  # of its second one, and what the grown patch must lead
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -100,7 +101,7 @@ def search_seconds(model: nn.Module, x: Pixels) -> float:
             started = time.monotonic()
             logits = model(x[:8])
             float(logits.sum())  # waits for it
-    passes = 3 * STEPS * min(CLASSES, logits.shape[1]) * min(FEW, len(x))
+    passes = 3 * STEPS * min(CLASSES, logits.shape[1]) * min(SEARCH_IMAGES, len(x))
     return passes * (time.monotonic() - started) / len(logits)
 
 
@@ -170,7 +171,7 @@ def predictions(model: nn.Module, batches: Batched) -> tuple[Tensor, Tensor, int
     return torch.cat(answers), torch.cat(labels), classes
 
 
-def normalised(model: normalized.Normalized, batches: Batched) -> int:
+def correct_if_normalised(model: normalized.Normalized, batches: Batched) -> int:
     """How many clean images `model`, which does not normalise, classifies correctly if its images are normalised, with
     the mean and deviation of a batch of them."""
     x, _ = first_batch(unaugmented(batches))
@@ -195,8 +196,8 @@ def check_before(method: Any, model: normalized.Normalized, batches: Batched, se
         usual = "check mean and std, the order of the channels and of the classes, and the size of the images"
         few = f"the network classifies only {right:,} of {total:,} {kind} images correctly"
         session.say(f"warning: {few}; {usual}, unless it was trained too little")
-    more = normalised(model, batches) if model.mean is None and right < RIGHT * total else 0
-    if more > right + max(HARM * total, 5):
+    more = correct_if_normalised(model, batches) if model.mean is None and right < GOOD_ACC * total else 0
+    if more > right + max(MAX_ACC_DROP * total, 5):
         found = f"on normalised images it classifies {more:,} of {total:,} correctly"
         session.say(f"warning: {found}; give the mean and std that the network was trained with")
     if method.data_use != "none":
@@ -220,7 +221,7 @@ def check_after(method: Any, model: nn.Module, batches: Batched, before: float, 
         return
     answers, labels, _ = predictions(model, batches)
     after = float((answers == labels).double().mean())
-    if before - after > HARM:
+    if before - after > MAX_ACC_DROP:
         fell = f"the accuracy on the clean images fell from {100 * before:.0f} to {100 * after:.0f} %"
         session.say(f"warning: {fell}; try a smaller --lr, fewer --epochs or other settings")
 
@@ -239,26 +240,29 @@ def compare(
     one of `before`, grown until it sends half of the images there in the purified network, too. And `doubts`: whether
     a small patch still leads both networks. Nothing, with a warning, where memory ran out.
     """
-    x, y, attacked = x[:MANY], y[:MANY], attacked.requires_grad_(False)
+    x, y, attacked = x[:GROW_IMAGES], y[:GROW_IMAGES], attacked.requires_grad_(False)
     old, new = attacked.state_dict(), purified.state_dict()
     if old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old):
         say("warning: the defense changed no weight")
     say("last, the smallest patches are searched, of the network before and after")  # a minute or two on a CPU
     try:
         with seeded(1):
-            classes, (masks, patterns), sizes = patch_of_each_class(attacked, x[:FEW], y[:FEW])
+            few = x[:SEARCH_IMAGES], y[:SEARCH_IMAGES]
+            classes, (masks, patterns), sizes = patch_of_each_class(attacked, *few)
             one = sizes.argmin().view(1)
-            _, after = smallest_patches([purified, attacked], x, y, classes[one], (masks[one], patterns[one]), HALF)
+            start = masks[one], patterns[one]
+            _, after = smallest_patches([purified, attacked], x, y, classes[one], start, GROW_SHARE)
     except (RuntimeError, MemoryError) as error:  # the defense itself is done, and its result must not be lost
         if not lacks_memory(error):
             raise
-        say(f"warning: no verdict, because its search ran out of memory; a batch_size below {FEW} makes it smaller")
+        advice = f"a batch_size below {SEARCH_IMAGES} makes it smaller"
+        say(f"warning: no verdict, because its search ran out of memory; {advice}")
         return {}
     two = len(sizes) == 2 and bool(sizes.isfinite().all())
     typical = sizes.max() if two else sizes.median()  # torch's median of two is the smaller
     found = {"before": float(sizes.min()), "after": float(after), "typical": float(typical)}
     by_class = dict(zip(map(str, classes.tolist()), sizes.tolist(), strict=True))
-    doubts = found["after"] < SMALL * found["typical"]
+    doubts = found["after"] < SUSPICIOUS * found["typical"]
     verdict = {**rounded(found), "doubts": doubts, "sizes": rounded(by_class)}
     for line in lines(verdict):
         say(line)

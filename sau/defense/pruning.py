@@ -196,9 +196,14 @@ class ChannelOutlierPruning(Defense):
 
     def outliers(self, scores: ByNorm, u: float) -> PruningLevel:
         """The channels more than `u` standard deviations above the mean of their layer, but never its lowest score."""
-        # One score has no deviation; the mean of equal scores may be rounded below them.
-        flags = {name: (s > s.mean() + u * s.std()) & (s > s.min()) for name, s in scores.items() if len(s) > 1}
-        return PruningLevel(f"u {u:g}", flags, self.zero_shift)
+        return PruningLevel(f"u {u:g}", {name: outliers(s, u) for name, s in scores.items()}, self.zero_shift)
+
+
+def outliers(scores: Tensor, u: float) -> Tensor:
+    """Which of the scores [C] lie more than `u` standard deviations above their mean, but never the lowest."""
+    # One score has no deviation; the mean of equal scores may be rounded below them.
+    deviation = scores.std() if len(scores) > 1 else 0.0
+    return (scores > scores.mean() + u * deviation) & (scores > scores.min())
 
 
 # Masks: ANP and RNP

@@ -25,7 +25,7 @@ from sau.data.batches import first_batch
 from sau.defense.base import AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
-from sau.graphs import fixed_norms, search_twin
+from sau.graphs import fixed_norms, frozen_forward
 from sau.models.normalized import copied
 from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
@@ -103,7 +103,7 @@ class SAU(AdversarialTraining):
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copied(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), len(batches) * self.outer_steps)
-        state = {"model": model.eval(), "_reference": reference, "descent": descent, **search_twin(model)}
+        state = {"model": model.eval(), "_reference": reference, "descent": descent, **frozen_forward(model)}
         return {**state, **self.start_patches(reference, batches)}
 
     def start_patches(self, reference: nn.Module, batches: Batched) -> dict[str, Any]:

@@ -11,7 +11,7 @@ The outer problem is adaptive sharpness-aware minimisation: w moves along grad L
 has its gradient as released (`unsharing_loss`). The y of the clean loss is smoothed; `distill` replaces a share of it
 by h_b's softmax q(x) (Hinton, Vinyals, Dean, 2015). In L, h is in train mode. The running statistics of batch norm are
 those of the clean images alone; perturbed images are normalised by the statistics of their own batch. First h loses
-what no clean image opens (`cut_closed`): no gradient would reach it.
+what no clean image opens (`prune_closed`): no gradient would reach it.
 
 SAU leaves the statistics of the attack in batch norm, where backdoors like WaNet's hide; FT-SAM does not look for the
 trigger.
@@ -96,7 +96,7 @@ class SAUSAM(TrainingDefense):
     def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
         with seeded(0):  # opening a loader draws, but not from our numbers
             images = stack_batches(batches)[0].split(self.batch_size)
-        if count := cut_closed(state["model"], images):
+        if count := prune_closed(state["model"], images):
             session.say(f"{count} channels and inputs that no clean image opens are cut")
         super().train(state, batches, session)
 
@@ -130,7 +130,7 @@ class SAUSAM(TrainingDefense):
 
 
 @torch.no_grad()
-def cut_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
+def prune_closed(model: nn.Module, images: Sequence[Tensor]) -> int:
     """Zero, in place, the channels whose batch norm puts out nothing above 0 on these batches in eval mode, and the
     inputs of linear layers that are always 0, in each layer where no logit changes by it; returns how many."""
     modules = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))

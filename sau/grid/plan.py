@@ -12,17 +12,16 @@ from typing import Any, Literal
 
 from sau.attack import ATTACKS
 from sau.config import Option, Setting, load_yaml, mapping, nearest, options, param, settings_of, values, written
-from sau.data.sources import source
+from sau.data.sources import DATA_FOLDER, source
 from sau.defense import DEFENSES
 from sau.errors import ConfigError, SauError, require
 from sau.files import checksum
 from sau.grid.engines import Cell
-from sau.optim import Method, Training
+from sau.optim import Training
 from sau.record.folder import digest
 from sau.run import AttackRun, DefenseRun, RecipeName
-from sau.settings import Settings
+from sau.settings import METHODS, Settings
 
-METHODS: Mapping[str, Mapping[str, type[Method]]] = {"attack": ATTACKS, "defense": DEFENSES}
 Overrides = dict[str, Any]  # by `METHOD.NAME`
 Part = dict[str, Setting]  # of a file or a block
 # The grid sets these for all cells, by keys of its own or by itself.
@@ -39,7 +38,7 @@ class Block:
     """Axes to cross, and what their cells have in common; `dataset` to `recipe` as in attack/NAME.py."""
 
     dataset: str = param("cifar10", "the data set")
-    dataset_path: str = param("./data", "folder of the data sets")
+    dataset_path: str = param(DATA_FOLDER, "folder of the data sets")
     recipe: RecipeName = param("cpu", "shipped settings to start from")  # auto would depend on the machine
     device: Literal["cpu", "cuda"] = param("cpu", "device of every cell")
     amp: bool = param(False, "true is bf16, false is fp32")

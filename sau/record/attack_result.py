@@ -43,7 +43,7 @@ class AttackResult:
     amp: bool | None = None  # whether the attack's network ran in bf16
     gate: dict[str, Any] | None = None  # as in `summary.json`; None without a gate
 
-    def given(self, train: Images, needs: Literal["none", "clean", "poisoned"]) -> tuple[Images, str]:
+    def training_images(self, train: Images, needs: Literal["none", "clean", "poisoned"]) -> tuple[Images, str]:
         """`train` for a defense that `needs` such images, and their kind: `poisoned`, with the poisoned ones in their
         places, or `clean`, as all of a clean network are. RecordError if the attack did not keep the poisoned ones."""
         bad = self.poisoned

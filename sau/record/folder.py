@@ -97,7 +97,7 @@ class Record:
     def begin(self, config: dict[str, Any], identity: dict[str, Any], overwrite: bool) -> None:
         """Start the folder or resume it, as `can_start` allows; `config` are flags and choices, for `config.yaml`."""
         resumes = self.can_start(identity, overwrite)
-        if not resumes and not self._holds_only("defense"):  # defenses stay when their attack is made again
+        if not resumes and not self._holds_only("defense"):  # which stays where somebody deleted its attack alone
             # The manifest goes first and the configuration last, so that a killed deletion is recognised.
             for entry in sorted(self.path.iterdir(), key=lambda entry: (entry.name == CONFIG, entry.name != MANIFEST)):
                 if entry.is_dir() and not entry.is_symlink():

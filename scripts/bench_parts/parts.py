@@ -106,7 +106,7 @@ def _sau_updates(
 ) -> Work:  # fmt: skip
     method = SAU(lr=lr)
     state = method.prepare(copied(h, amp=amp) if copy_model else h, batches)
-    state["reference"] = copied(h_b, amp=amp).eval().requires_grad_(False)
+    state["_reference"] = copied(h_b, amp=amp).eval().requires_grad_(False)
     step = MicroBatchedStep(method, method.step, state, QUIET)
     if batches and batches[0][0].is_cuda and copy_model:
         step(*batches[0])  # captures the graph
