@@ -228,8 +228,8 @@ def fixed_norms(network: Any, x: Tensor) -> AbstractContextManager[Any]:
 
 
 def frozen_forward(model: Any) -> dict[str, Any]:
-    """`{"frozen": forward}` of a copy of `model` that shares its tensors and forms no gradients of weights, for searches
-    while it is trained; {} on the CPU, unless compiled.
+    """`{"frozen": forward}` of a copy of `model` that shares its tensors and forms no gradients of weights, for
+    searches while it is trained; {} on the CPU, unless compiled.
 
     Compiled code and `FixedNorms` compute the gradients of weights even where `autograd.grad` asks for the input's
     alone, and changing `requires_grad` compiles anew.
