@@ -335,11 +335,11 @@ def test_a_defense_is_given_poisons_where_it_needs_them_and_there_are_any(tmp_pa
     train = toy_images(8)
     poisoned = replace(train[torch.tensor([3])], labels=torch.tensor([1]))
     found = replace(VICTIM, path=tmp_path, poisoned=poisoned, settings={"pratio": 0.1})
-    images, kind = found.given(train, "poisoned")
-    assert images.labels[3] == 1 and kind == "poisoned" and found.given(train, "clean") == (train, "clean")
+    images, kind = found.training_images(train, "poisoned")
+    assert images.labels[3] == 1 and kind == "poisoned" and found.training_images(train, "clean") == (train, "clean")
     clean = replace(found, poisoned=None, settings={"pratio": 0})
-    assert clean.given(train, "poisoned") == (train, "clean")
+    assert clean.training_images(train, "poisoned") == (train, "clean")
     for settings in ({"pratio": 0.1}, None):
         with refuses(RecordError, "no poisoned training images"):
-            replace(clean, settings=settings).given(train, "poisoned")
-        assert replace(clean, settings=settings).given(train, "clean") == (train, "clean")
+            replace(clean, settings=settings).training_images(train, "poisoned")
+        assert replace(clean, settings=settings).training_images(train, "clean") == (train, "clean")
