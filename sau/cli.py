@@ -151,7 +151,6 @@ def defend(name: str, argv: Sequence[str]) -> None:
     asked = Settings(f"sau defense {name}", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
     run, method, given = subject.of(asked)
     where = machine.prepare(asked.device)
-    machine.set_threads(run.threads)
     model, clean, test = given.model.to(where), given.images.to(where), given.test.to(where)
     triggered = given.triggered and given.triggered.to(where)
     method = method.fitted(asked.replaced(), model, len(clean), given.lines.append)

@@ -37,7 +37,7 @@ class TriggerContext:
 
 class TensorTrigger(nn.Module):
     """A trigger that is one tensor: an image [C, H, W], a change of images, or what a warp is drawn from. `weights` are
-    those of a network that answers to it, and no part of it."""
+    those of DFBA's network that answers to it, and not kept with it."""
 
     def __init__(self, values: Tensor, figures: Mapping[str, float] | None = None, weights: Any = None) -> None:
         super().__init__()

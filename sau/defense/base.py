@@ -71,8 +71,8 @@ class Defense(Method, ABC):
         return self.same_updates(images, per_epoch) if images < ENOUGH else self
 
     def same_updates(self, images: int, per_epoch: int | None, **settings: Any) -> "Defense":
-        """With these `settings`, an epoch in batches of at least 32, about as many as published, and the lengths grown
-        by what is missing."""
+        """With these `settings`, smaller batches (of at least 32) and longer `lengths`: about as many updates as
+        published."""
         if not self.lengths:
             return self
         size = self.batch_of(images, PUBLISHED)

@@ -232,13 +232,14 @@ def check_after(method: Any, model: nn.Module, batches: Batched, before: float, 
 def compare(
     attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Search two networks in eval mode on a few clean images, and say what is found. Weights of `attacked` take no
-    gradients from then on.
+    """The verdict on two networks in eval mode, from a few clean images, said and returned; {} with a warning where
+    memory ran out. Weights of `attacked` take no gradients from then on.
 
-    Returns sizes of patches in pixels, None where there is none: `sizes`, by class, of the smallest that send 9 of 10
-    images there in the attacked network, their smallest `before` and median `typical` (the larger of two); `after`, the
-    one of `before`, grown until it sends half of the images there in the purified network, too. And `doubts`: whether
-    a small patch still leads both networks. Nothing, with a warning, where memory ran out.
+    Returns sizes of patches in pixels, None where no patch works:
+        sizes: by class, the smallest that sends 9 of 10 images there in the attacked network.
+        before, typical: their minimum and median (of two classes the maximum).
+        after: that of `before`, grown until it sends half of the images there in both networks.
+        doubts: whether `after` is below half of `typical`.
     """
     x, y, attacked = x[:GROW_IMAGES], y[:GROW_IMAGES], attacked.requires_grad_(False)
     old, new = attacked.state_dict(), purified.state_dict()
