@@ -107,7 +107,7 @@ def ordered(cls: type) -> list[Option]:
 
 def check(settings: Any, of: str = "") -> None:
     """ConfigError if a field of the dataclass has the wrong type or is out of its range; `of` says whose it is."""
-    for name, option in options(settings.__class__).items():
+    for name, option in options(settings.__class__).items():  # for mypy `type(settings)` has no hash
         if not (words := _words(option.hint)):  # a method of somebody's own may have a field that cannot be a flag
             continue
         value = getattr(settings, name)

@@ -140,8 +140,8 @@ def _overview(section: Section) -> str:
     body = []
     for name, cells in sorted(rows.items(), key=order):
         means = mean_row([cells[a].means(*PERCENT) for a in took]) if cells.keys() >= {*took} else [None] * 4
-        theirs = [paper.get(attack) for attack in took if name in compared]
-        means += _published(next(iter(cells.values())), theirs) if paper else []
+        theirs = _published(next(iter(cells.values())), [paper.get(attack) for attack in took])
+        means += [] if not paper else theirs if name in compared else [None] * 4
         body.append([name, *map(shown, means), *(_asr(cells.get(attack)) for attack in attacks)])
     head = ["defense", "mean ACC", "mean ASR", "mean R-ACC", "mean DER"]  # first, so that nobody has to scroll to them
     head += ["published: ACC", "ASR", "R-ACC", "DER"] if paper else []

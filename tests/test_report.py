@@ -18,7 +18,7 @@ from sau.figures import scatter
 from sau.grid.store import load, save
 from sau.record.folder import Record
 from sau.report.cells import Section, TableCell, sections
-from sau.report.page import build, repeated
+from sau.report.page import build, rerun_command
 from sau.report.results import MeanStd, find_results
 from sau.report.tables import PairedComparison, as_csv, as_json, as_latex, mean_row, paired_comparisons, published
 from sau.report.tables import published_rows as compare
@@ -229,10 +229,9 @@ def test_the_gate_in_the_summary_of_a_defense_marks_its_attack(tmp_path):
 
 
 def test_a_run_is_repeated_by_its_script_or_by_the_package():
-    commands = [
-        repeated(command) for command in ("attack/badnet.py --pratio 0.1", "/x/sau/__main__.py list", "sau list")
-    ]
-    assert commands == ["python attack/badnet.py --pratio 0.1", "python -m sau list", "python -m sau list"]
+    recorded = ("attack/badnet.py --pratio 0.1", "/x/sau/__main__.py list", "sau list")
+    wanted = ["python attack/badnet.py --pratio 0.1", "python -m sau list", "python -m sau list"]
+    assert [rerun_command(each) for each in recorded] == wanted
 
 
 def compared(root: Path, name: str = "sau") -> dict[str, PairedComparison]:

@@ -107,7 +107,7 @@ def read(path: Path, raw: bytes | None = None) -> Weights:
     if kind != SAFE:
         return collect(path, torch_file.load(path, raw), kind, digest)
     try:
-        return Weights(path, kind, digest, dict(sorted(safetensors.torch.load(raw).items())))  # in no order
+        return Weights(path, kind, digest, dict(sorted(safetensors.torch.load(raw).items())))  # which come in no order
     except Exception as error:  # safetensors has its own
         raise RecordError(f"{path} cannot be read: {printable(str(error))[:160]}") from None
 

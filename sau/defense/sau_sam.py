@@ -97,7 +97,7 @@ class SAUSAM(TrainingDefense):
         with seeded(0):  # opening a loader draws, but not from our numbers
             images = stack_batches(batches)[0].split(self.batch_size)
         if count := prune_closed(state["model"], images):
-            session.say(f"{count} channels and inputs that no clean image opens are cut")
+            session.say(f"{count} channels and inputs that no clean image opens are pruned")
         super().train(state, batches, session)
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:

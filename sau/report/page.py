@@ -75,7 +75,8 @@ def build_own(folder: Path, beside: Sequence[Path] = ()) -> str:
         patches = sorted(zip(names, sizes, index, strict=True), key=lambda row: -row[2])
     return _environment().get_template("own.html").render(
         name=folder.resolve().name, config=config, columns=list(parts), lines=lines, search=risk["search"],
-        verdict=verdict, said=verdict and checks.lines(verdict), patches=patches, command=repeated(config["command"]),
+        verdict=verdict, said=verdict and checks.lines(verdict), patches=patches,
+        command=rerun_command(config["command"]),
     )  # fmt: skip
 
 
@@ -96,12 +97,12 @@ def _row(cell: TableCell, identifier: str, dataset_path: str | None) -> dict[str
     """A cell with what its details show: trigger images, settings and commands."""
     config = {key: value for key, value in cell.results[0].config.items() if key not in HIDDEN}
     settings = json.dumps(config, indent=1, ensure_ascii=False) if config else ""
-    commands = [repeated(one.config["command"]) for one in cell.results if one.config.get("command")]
+    commands = [rerun_command(one.config["command"]) for one in cell.results if one.config.get("command")]
     strip = trigger_strip(cell.results[0], dataset_path) if cell.defense == NONE else ("", "")
     return {"id": identifier, "cell": cell, "settings": settings, "commands": commands, "strip": strip}
 
 
-def repeated(recorded: str) -> str:
+def rerun_command(recorded: str) -> str:
     """The command that repeats a run, from `command` of its configuration, which does not name Python."""
     program, _, flags = recorded.partition(" ")
     if Path(program).name in ("sau", "__main__.py"):  # of the package, which is no script
