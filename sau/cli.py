@@ -93,20 +93,20 @@ def attack(name: str, argv: Sequence[str]) -> None:
     if run.attack and (other := THEIRS.get(run.attack.lower(), run.attack.lower())) != name:
         advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out{advice}")
-    where = machine.prepare(asked.device)
+    device = machine.prepare(asked.device)
     machine.set_threads(run.threads)
     folder = run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")
     record = Record(safe_join(run.record_root, folder), started)
     train, test = sources.load(dataset, run.dataset_path, run.img_size)
     notes = [note] if (note := sources.subset_note(dataset, train, test)) else []
     data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
-    train, test = train.to(where), test.to(where)
+    train, test = train.to(device), test.to(device)
     # A width is refused only where the user asked for it.
     width, shape = run.width if run.model in MODELS or "width" in asked.given else None, list(train.pixels.shape[1:])
     network = {"name": run.model, "classes": train.num_classes, "width": width, "shape": shape}
     network |= {"mean": list(origin.mean), "std": list(origin.std)}
     torch.manual_seed(run.random_seed)
-    model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(where)
+    model = build(run.model, train.num_classes, width=width, shape=shape, mean=origin.mean, std=origin.std).to(device)
 
     determined = identity(method, run, {**training.params(), **data, **network})
     record.can_start(determined, run.overwrite, run.amp)  # before a trigger is made, which may take long
@@ -123,11 +123,11 @@ def attack(name: str, argv: Sequence[str]) -> None:
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
     asked.ignore([UNREAD[method.attack_label_trans]], f"labels follow {method.attack_label_trans}")
-    begin(record, run, determined, model, method, where, facts, [line], asked.ignored)
+    begin(record, run, determined, model, method, device, facts, [line], asked.ignored)
     plan = method.describe(trained_on, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
     torch.manual_seed(run.random_seed)
-    each = machine.seconds_per_image(model.eval(), shape, where) * (len(test) + len(triggered))
+    each = machine.seconds_per_image(model.eval(), shape, device) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     logger = RunLogger(record, run, method.classifier_epochs(training), test, again, each)
     method.fit(model, poisoned, recipe=training, session=logger.session, **how)
@@ -142,7 +142,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
         _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
         gate["passed"] &= learned
         found["gate"] = gate
-    logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(where)})
+    logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(device)})
 
 
 def defend(name: str, argv: Sequence[str]) -> None:
@@ -150,14 +150,14 @@ def defend(name: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     asked = Settings(f"sau defense {name}", DEFENSES[name], (DefenseRun, OwnRun, DEFENSES[name]), argv)
     run, method, given = subject.of(asked)
-    where = machine.prepare(asked.device)
-    model, clean, test = given.model.to(where), given.images.to(where), given.test.to(where)
-    triggered = given.triggered and given.triggered.to(where)
+    device = machine.prepare(asked.device)
+    model, clean, test = given.model.to(device), given.images.to(device), given.test.to(device)
+    triggered = given.triggered and given.triggered.to(device)
     method = method.fitted(asked.replaced(), model, len(clean), given.lines.append)
 
     record, determined = Record(given.folder, started), identity(method, run, given.identity)
     facts = {"method": {"defense": name, **method.params()}, **given.facts, "notes": given.notes}
-    begin(record, run, determined, model, method, where, facts, given.lines, asked.ignored)
+    begin(record, run, determined, model, method, device, facts, given.lines, asked.ignored)
     torch.manual_seed(run.random_seed)
     begun, before = time.monotonic(), score(model, test, triggered)
     seconds = time.monotonic() - begun
@@ -193,7 +193,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if not given.own:
         looks = method.data_use != "none"
         record.log(conclusion(before, after, not given.gate or given.gate["passed"], looks))
-    logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(where)})
+    logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(device)})
 
 
 def _keep(record: Record, fixed: nn.Module, model: nn.Module, given: subject.Subject) -> None:

@@ -135,7 +135,7 @@ def identity(method: Method, run: Run, more: Mapping[str, Any]) -> dict[str, Any
 
 
 def begin(
-    record: Record, run: Run, determined: dict[str, Any], model: Normalized, method: Method, where: torch.device,
+    record: Record, run: Run, determined: dict[str, Any], model: Normalized, method: Method, device: torch.device,
     facts: Mapping[str, Any], lines: Sequence[str], ignored: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Start or resume a record and log `lines`; set threads, precision and torch.compile of the run. `determined` is
@@ -144,17 +144,17 @@ def begin(
     record.can_start(determined, run.overwrite, run.amp)
     earlier = record.config  # of the run that is resumed; empty in a new one
     threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")
-    chosen = has_bf16(where) if run.amp is None else run.amp
+    chosen = has_bf16(device) if run.amp is None else run.amp
     model.amp = chosen if before is None else before
     model.compiled = bool(earlier.get("compile", run.compile and method.compiles))
-    machine = {"threads": threads, "amp": model.amp, "device": where.type, "compile": model.compiled}
+    machine = {"threads": threads, "amp": model.amp, "device": device.type, "compile": model.compiled}
     versions = {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()}
     asked = {"run": asdict(run), "command": shlex.join(sys.argv), "git": _commit(), "versions": versions}
     record.begin({**asked, **machine, **facts}, determined, run.overwrite)
     said = [*lines, *(f"note: {note}" for note in facts["notes"])]
     without_effect = "; ".join(f"--{name}: {why}" for name, why in ignored.items())
     said += [f"warning: flags without effect here: {without_effect}"] if ignored else []
-    said.append(f"precision {'bf16' if model.amp else 'fp32'} on {where}, {threads} thread{'s' * (threads > 1)}")
+    said.append(f"precision {'bf16' if model.amp else 'fp32'} on {device}, {threads} thread{'s' * (threads > 1)}")
     if run.compile != model.compiled:
         why = "this run goes on as it began" if method.compiles else f"the networks of {method.name} cannot be compiled"
         said.append(f"note: {why}, so --compile has no effect")

@@ -98,7 +98,7 @@ def _figures(folder: Path, parts: dict[str, Path], measured: Callable[[Path, boo
             if figures.get(name) != value:
                 raise RecordError(f"{part} {name} is {figures.get(name)}, but the counts give {value}".strip())
         for name, share in measured(place, amp).shares().items():
-            compare(f"{part} {name}".strip(), recorded[part].shares()[name], share)
+            check_share(f"{part} {name}".strip(), recorded[part].shares()[name], share)
             texts += [f"{part} {name} {share.percent} %".strip()] if share else []
     if "der" in summary:
         rating = der(recorded["before"], recorded["after"])
@@ -108,7 +108,7 @@ def _figures(folder: Path, parts: dict[str, Path], measured: Callable[[Path, boo
     return ", ".join(texts)
 
 
-def compare(name: str, recorded: Proportion | None, measured: Proportion | None) -> None:
+def check_share(name: str, recorded: Proportion | None, measured: Proportion | None) -> None:
     """RecordError if the counts differ by more than `TOLERANCE`, and by more than one image."""
     (hits, total), (found, count) = ((one.hits, one.total) if one else (0, 0) for one in (recorded, measured))
     if total != count or abs(hits - found) > max(1, TOLERANCE * total):

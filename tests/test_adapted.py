@@ -13,7 +13,7 @@ from toys import planted, quiet, tiny_net, toy_images
 from sau import pgd
 from sau.data.batches import Batches
 from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM, checks
-from sau.defense.checks import compare, lines
+from sau.defense.checks import lines, verdict_of
 from sau.loop import RunContext
 from sau.models import PreActResNet18
 from sau.pgd import SharedPatches, likely_classes
@@ -145,18 +145,18 @@ def test_what_the_user_gives_stands() -> None:
 def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pgd, "STEPS", 60)
     net, _, (x, y), _ = planted()
-    kept = compare(planted()[0], net, x, y, print)
+    kept = verdict_of(planted()[0], net, x, y, print)
     assert kept["doubts"] and lines(kept)[0].startswith("warning: the backdoor may stay: a small patch")
     fixed = planted()[0]
     with torch.no_grad():
         fixed[0].weight[5] = 0.0  # the channel that answers to the red corner
-    gone = compare(planted()[0], fixed, x, y, print)
+    gone = verdict_of(planted()[0], fixed, x, y, print)
     assert gone["after"] > 1.5 * kept["after"] and not gone["doubts"]
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
     two = (torch.arange(2), (torch.ones(2), torch.ones(2)), torch.tensor([1.0, 40.0]))  # classes, patches, sizes
     monkeypatch.setattr(checks, "patch_of_each_class", lambda *given: two)
     monkeypatch.setattr(checks, "smallest_patches", lambda *given: (None, torch.tensor([19.0])))
-    assert (found := compare(net, fixed, x, y, print))["doubts"] and found["typical"] == 40.0
+    assert (found := verdict_of(net, fixed, x, y, print))["doubts"] and found["typical"] == 40.0
 
 
 @pytest.mark.parametrize(("given", "holds", "searched"), [
@@ -174,7 +174,7 @@ def test_the_verdict_looks_at_few_images(given: int, holds: int, searched: list[
 
     for module in (pgd, checks):
         monkeypatch.setattr(module, "smallest_patches", counted)
-    found = compare(tiny_net(), tiny_net(), torch.rand(given, 3, 8, 8), torch.arange(given) % 4, said.append)
+    found = verdict_of(tiny_net(), tiny_net(), torch.rand(given, 3, 8, 8), torch.arange(given) % 4, said.append)
     assert counts == searched and [*found.get("sizes", "")] == ["0", "1", "2", "3"] * (holds > 9)
     assert said[-1].startswith("warning: no verdict") == (holds == 9)
 

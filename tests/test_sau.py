@@ -26,8 +26,8 @@ OURS = {  # the release's options by our names
 
 
 @pytest.fixture(autouse=True)
-def small_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared samples leave the small batches of these tests as they leave large ones elsewhere."""
+def small_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared images leave the small batches of these tests as they leave large ones elsewhere."""
     monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", 4)
 
 
@@ -215,12 +215,12 @@ def test_all_shared_ends_the_search() -> None:
     assert torch.equal(delta, plain(0.2)) and s.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("bucket", "left"), [(1, 3), (2, 4), (3, 3), (4, 4), (32, 5)])
-def test_shared_pictures_leave_the_batch(bucket: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("multiple", "left"), [(1, 3), (2, 4), (3, 3), (4, 4), (32, 5)])
+def test_shared_images_leave_the_batch(multiple: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """m = 0.4 is shared from the start and leaves; m = 0.1 cannot reach the edge, so three walk on through all steps.
 
-    Some shared ones stay where that makes the batch a multiple of the bucket."""
-    monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", bucket)
+    Some shared ones stay where that makes the batch such a multiple."""
+    monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", multiple)
     method = SAU(adv_steps=3)
     state = lines(method, 0.5, 0.5)
     x = torch.cat([plain(value, 1) for value in (0.1, 0.4, 0.1, 0.4, 0.1)])

@@ -15,7 +15,7 @@ from sau.data import sources
 from sau.errors import DataError, RecordError
 from sau.evaluate import Proportion, score
 from sau.record.folder import CONFIG, MANIFEST, SUMMARY, Record, read_config
-from sau.verify import compare, verify
+from sau.verify import check_share, verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,10 +108,10 @@ def test_without_the_data_set_nothing_is_scored(copied, monkeypatch):
 
 def test_one_prediction_in_a_thousand_may_differ():
     there = Proportion(9000, 10_000)
-    compare("acc", there, Proportion(9010, 10_000))
+    check_share("acc", there, Proportion(9010, 10_000))
     for other in (Proportion(9011, 10_000), Proportion(8989, 10_000), Proportion(9000, 9500), None):
         with pytest.raises(RecordError, match="measured is"):
-            compare("acc", there, other)
+            check_share("acc", there, other)
 
 
 @pytest.mark.parametrize("what", ["nothing", "defense"])

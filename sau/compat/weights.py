@@ -19,7 +19,7 @@ from sau.compat import torch_file
 from sau.compat.torch_file import LEGACY, ZIP
 from sau.errors import ConfigError, RecordError, printable
 from sau.models import MODELS, TIMM, state_dict_spec, torchvision_names, unwrapped
-from sau.record.attack_result import compare
+from sau.record.attack_result import check_state_dict
 from sau.run import OwnRun
 
 SAFE = "safetensors"
@@ -60,7 +60,7 @@ class Weights:
         """The tensors for the state dict `own`, in its order and types; RecordError says what differs."""
         if (prefix := self.prefix(own)) is None:
             starts = self.starts(next(iter(own)))
-            compare(own, self.below(starts[0]) if starts else {}, self.path, "the network")
+            check_state_dict(own, self.below(starts[0]) if starts else {}, self.path, "the network")
         inside = self.below(str(prefix))
         return {name: fit(inside[name], tensor, f"{self.path}: {name}") for name, tensor in own.items()}
 

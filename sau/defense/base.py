@@ -158,19 +158,19 @@ class Defense(Method, ABC):
         require("settings", settings, settings in ("auto", "as_given"), "auto or as_given")
         require("select", self.selection, self.selection == "defender" or session.judge is not None, JUDGED)
         model, stats = checks.unwrap(model), statistics(mean, std)
-        place = torch.device(device) if device is not None else next(model.parameters()).device
-        with grad_enabled(place):
-            mine = checks.copy_to(model, place)
+        device = torch.device(device if device is not None else next(model.parameters()).device)
+        with grad_enabled(device):
+            mine = checks.copy_to(model, device)
             frozen = [parameter for parameter in mine.parameters() if not parameter.requires_grad]
             mine.requires_grad_(True)  # networks for inference are often frozen
-            owned = mine if isinstance(mine, Normalized) else Normalized(mine, *stats).to(place)
+            owned = mine if isinstance(mine, Normalized) else Normalized(mine, *stats).to(device)
             data = (data.pixels, data.labels) if isinstance(data, Images) else data
-            batches: Any = clean_batches(data, self.batch_size, place, stats, seed)
+            batches: Any = clean_batches(data, self.batch_size, device, stats, seed)
             x, y = first_batch(batches)
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
                 judged = checks.check_gradients(self, owned, x)
                 right, images = checks.check_before(self, owned, batches, session)
-            attacked = checks.copy_to(owned, place) if judged else None
+            attacked = checks.copy_to(owned, device) if judged else None
             per_epoch = None if isinstance(batches, Batches) else len(batches)
             given = {one.name: one.default for one in fields(self) if getattr(self, one.name) != one.default}
             method = self if settings == "as_given" else self.fitted(given, owned, images, session.say, per_epoch)
@@ -183,7 +183,7 @@ class Defense(Method, ABC):
                 twice = self.gradients != "none" and checks.check_cost(method, owned, x, count, judged, session.say)
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
-            if attacked is not None and (found := checks.compare(attacked, owned, x, y, session.say)):
+            if attacked is not None and (found := checks.verdict_of(attacked, owned, x, y, session.say)):
                 session.findings["verdict"] = found
             if twice:
                 owned.net.set_grad_checkpointing(False)  # type: ignore[operator]

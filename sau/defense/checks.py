@@ -229,7 +229,7 @@ def check_after(method: Any, model: nn.Module, batches: Batched, before: float, 
 # The verdict
 
 
-def compare(
+def verdict_of(
     attacked: nn.Module, purified: nn.Module, x: Pixels, y: Labels, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The verdict on two networks in eval mode, from a few clean images, said and returned; {} with a warning where
@@ -276,7 +276,7 @@ def rounded(sizes: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def lines(verdict: Mapping[str, Any]) -> list[str]:
-    """What `compare` found in words, after a warning where there are doubts."""
+    """What `verdict_of` found in words, after a warning where there are doubts."""
     before, after, typical = (
         "none" if verdict[name] is None else f"{verdict[name]:.1f} pixels" for name in ("before", "after", "typical")
     )

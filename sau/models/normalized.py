@@ -151,13 +151,13 @@ def eval_mode(*networks: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def grad_enabled(place: torch.device) -> Iterator[None]:
+def grad_enabled(device: torch.device) -> Iterator[None]:
     """Inside, gradients are on and autocast is off, whatever the caller's contexts say.
 
     torch's error about a batch of one image in batch norm is a DataError that says what to do.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

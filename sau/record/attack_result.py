@@ -65,7 +65,7 @@ class AttackResult:
         claim any size."""
         rest = {key: self.network[key] for key in ("width", "shape", "mean", "std")}
         make = partial(build, self.network["name"], self.network["classes"], **rest)
-        compare(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
+        check_state_dict(state_dict_spec(lambda: make().net), self.weights, self.path, self.network["name"])
         model = make()
         model.net.load_state_dict(self.weights)
         return model.eval()
@@ -178,11 +178,11 @@ def load_weights(model: nn.Module, place: str | Path) -> None:
     insert_polarizers(model, [*weights, *(f"net.{name}" for name in weights)])
     own = model.state_dict()
     named = {f"net.{name}" if f"net.{name}" in own else name: tensor for name, tensor in weights.items()}
-    compare(own, named, place, "the network")
+    check_state_dict(own, named, place, "the network")
     model.load_state_dict(named)
 
 
-def compare(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path, whose: str) -> None:
+def check_state_dict(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path, whose: str) -> None:
     """RecordError unless names and shapes are the same."""
     for name in {**own, **weights}:
         got, wanted = (tuple(part[name].shape) if name in part else "nothing" for part in (weights, own))
