@@ -60,7 +60,7 @@ def _main(argv: list[str]) -> int:
         usage = f"usage: sau {kind} NAME [flags]; NAME is one of: {', '.join(METHODS[kind])}"
         print(usage, file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
-    if kind == "list" and not name:
+    if kind == "list" and name in ("", "--help", "-h"):
         print(listing())
         return 0
     if kind not in TOOLS:
@@ -94,14 +94,13 @@ def attack(name: str, argv: Sequence[str]) -> None:
         advice = f" or run attack/{other}.py" if other in ATTACKS else f"; attacks are {', '.join(ATTACKS)}"
         raise ConfigError(f"--attack is {run.attack!r}, but this is {name}; leave it out{advice}")
     device = machine.prepare(asked.device)
-    machine.set_threads(run.threads)
     folder = run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")
     record = Record(safe_join(run.record_root, folder), started)
     train, test = sources.load(dataset, run.dataset_path, run.img_size)
     notes = [note] if (note := sources.subset_note(dataset, train, test)) else []
     data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
     train, test = train.to(device), test.to(device)
-    # A width is refused only where the user asked for it.
+    # `build` refuses the flag where a network has no width; a file of settings may be for several networks.
     width, shape = run.width if run.model in MODELS or "width" in asked.given else None, list(train.pixels.shape[1:])
     network = {"name": run.model, "classes": train.num_classes, "width": width, "shape": shape}
     network |= {"mean": list(origin.mean), "std": list(origin.std)}
@@ -110,6 +109,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
 
     determined = identity(method, run, {**training.params(), **data, **network})
     record.can_start(determined, run.overwrite, run.amp)  # before a trigger is made, which may take long
+    machine.set_threads(run.threads, record.config.get("threads"))  # the bits of a trigger depend on them
     how = {"augment": origin.augment, "seed": run.random_seed}
     limit = Limit(started + 60 * run.max_minutes, whole=True) if run.max_minutes else None
     method = method.fit_trigger(train, model, training, session=RunContext(limit=limit), **how)
@@ -122,17 +122,17 @@ def attack(name: str, argv: Sequence[str]) -> None:
     facts |= {"model": network, "notes": notes, "trigger_digest": mark}
     size = f", width {width}" if width else ""
     line = f"recipe {recipe} ({why}): {run.model}{size}, {training.epochs} epochs; choose another with --recipe"
+    asked.ignore(["width"] if width is None else [], f"{run.model} has no width")
     asked.ignore([UNREAD[method.attack_label_trans]], f"labels follow {method.attack_label_trans}")
     begin(record, run, determined, model, method, device, facts, [line], asked.ignored)
     plan = method.describe(trained_on, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
-    torch.manual_seed(run.random_seed)
     each = machine.seconds_per_image(model.eval(), shape, device) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     logger = RunLogger(record, run, method.classifier_epochs(training), test, again, each)
     method.fit(model, poisoned, recipe=training, session=logger.session, **how)
     triggered = again()
-    final, _ = logger.final(model, triggered)
+    final, _ = logger.final(model)
     attack_result.save(record, model, method.poisoned_samples(trained_on), triggered, method.trigger)
     record.log(table({"attacked": final}))
     found = _trigger(record, method, model, test, triggered, run.trigger_radius)
@@ -176,7 +176,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
         logger.session.judge = partial(score, clean=test, triggered=triggered)
     how: Any = {"augment": given.augment, "seed": run.random_seed, "settings": "as_given"}
     fixed = method.purify(model, clean, session=logger.session, **how)
-    after, found = logger.final(fixed, triggered)
+    after, found = logger.final(fixed)
     _keep(record, fixed, model, given)
     record.log(table({"before": before, "oracle" if oracle else "after": after}))
     scores: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "der": der(before, after)}

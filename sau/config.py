@@ -47,7 +47,7 @@ def param(default: Any, help: str = "", *, aliases: tuple[str, ...] = (), **boun
 
 def at_most(bound: float) -> str:
     """The largest number of four digits that is not above `bound`, which is above 0."""
-    return f"{float(Context(4, ROUND_DOWN).create_decimal(bound)):g}"
+    return f"{float(Context(4, ROUND_DOWN).create_decimal(str(bound))):g}"
 
 
 @dataclass(frozen=True)

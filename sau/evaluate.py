@@ -125,14 +125,14 @@ def predict(model: nn.Module, pixels: Tensor, batch_size: int | None = None, lab
 
 
 @torch.no_grad()
-def last_features(model: nn.Module, pixels: Tensor, batch_size: int | None = None) -> Tensor:
+def last_features(model: nn.Module, pixels: Tensor) -> Tensor:
     """[N, F] on the CPU: the input of the linear layer that makes the logits of `pixels`, which are as in `predict`, in
     eval mode. ConfigError if none does."""
     kept, device = list[Tensor](), next(model.parameters()).device
     with eval_mode(model):
         layer = classifier(model, to_float(pixels[:2].to(device)), "a look at features", "another network")
         with forward_hooks([(layer, lambda layer, given, output: kept.append(given[0].float().flatten(1).cpu()))]):
-            predict(model, pixels, batch_size)
+            predict(model, pixels)
     return torch.cat(kept)
 
 

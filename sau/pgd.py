@@ -28,7 +28,7 @@ STEPS, CLASSES = 60, 10  # of a search for the smallest patches
 PATCH_SUCCESS = 0.9  # share of the images of other classes that such a patch must lead to its class
 SUSPICIOUS = 0.5  # of the typical size: a patch below it is a backdoor's
 MAX_PATCH_AREA = 1 / 8  # of the image, which shared patches cover at most
-Patches = tuple[Tensor, Tensor]  # masks [K, 1, H, W] and patterns [K, C, H, W] of K classes, in [0, 1]
+Patches = tuple[Tensor, Tensor, Tensor]  # of K classes: masks [K, 1, H, W], patterns [K, C, H, W], |m|_1 in pixels [K]
 RADII = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 8"
 
 
@@ -151,7 +151,7 @@ def unsettled(settled: Flags) -> Tensor:
 
 
 def likely_classes(model: nn.Module, x: Pixels, y: Labels) -> Tensor:
-    """All classes; of many those to which noise and the gradient lead most images, as a backdoor does."""
+    """All classes; of many the ten to which a step up the loss leads most images, as a backdoor does."""
     x = x.detach().requires_grad_()
     logits = model(x)
     if logits.shape[1] <= CLASSES:
@@ -181,16 +181,15 @@ def stamped_losses(
 
 
 def smallest_patches(
-    networks: Sequence[nn.Module], x: Pixels, y: Labels, classes: Tensor, start: Patches, success: float
-) -> tuple[Patches, Tensor]:
-    """The smallest patches that lead a share `success` of the images of other classes to their class in all networks.
+    networks: Sequence[nn.Module], share: float, x: Pixels, y: Labels, classes: Tensor, masks: Tensor, patterns: Tensor
+) -> Patches:
+    """The smallest patches that lead this `share` of the images of other classes to their class in all networks.
 
-    Adam on masks and patterns from those of `start`; the cost of a mask rises by a factor 1.3 at each step where the
-    patch works, and falls by it where not. Also returns |m|_1 in pixels [K]; infinite where no patch worked.
+    Adam from the given masks and patterns; the cost of a mask rises by a factor 1.3 at each step where the patch works,
+    and falls by it where not. Where no patch worked, |m|_1 is infinite.
     """
-    masks, patterns = (part.clone() for part in start)
-    sizes = torch.full(classes.shape, torch.inf, device=x.device)
-    logits = [nn.Parameter(logit(part)) for part in start]
+    logits = [nn.Parameter(logit(part)) for part in (masks, patterns)]
+    masks, patterns, sizes = masks.clone(), patterns.clone(), torch.full(classes.shape, torch.inf, device=x.device)
     descent = adam(0.6, adam_betas=(0.5, 0.9)).descent(logits, 1)
     cost = torch.full(classes.shape, 0.02, device=x.device)
     others = (y != classes[:, None]).float()
@@ -198,20 +197,20 @@ def smallest_patches(
         mask, pattern = (part.sigmoid() for part in logits)
         size = logits[0].sigmoid().expand(-1, -1, *x.shape[2:]).flatten(1).sum(1)
         losses, led = stamped_losses(networks, x, classes, mask, pattern)
-        works = (led * others).sum(1) / others.sum(1).clamp_min(1) >= success
+        works = (led * others).sum(1) / others.sum(1).clamp_min(1) >= share
         with torch.no_grad():
             better = works & (size < sizes)
             masks[better], patterns[better], sizes[better] = mask[better], pattern[better], size[better]
             cost = torch.where(works, 1.3 * cost, cost / 1.3).clamp(1e-4, 1)
         descent.follow(torch.autograd.grad(((losses * others).mean(1) + cost * size).sum(), logits))
-    return (masks, patterns), sizes
+    return masks, patterns, sizes
 
 
-def patches_in_parts(network: nn.Module, x: Pixels, y: Labels, *start: Tensor) -> list[tuple[Patches, Tensor]]:
+def patches_in_parts(network: nn.Module, x: Pixels, y: Labels, *start: Tensor) -> list[Patches]:
     """`smallest_patches` from `start`, classes, masks and patterns; where memory runs out, of each half of the classes
     on its own."""
     try:
-        return [smallest_patches([network], x, y, start[0], (start[1], start[2]), PATCH_SUCCESS)]
+        return [smallest_patches([network], PATCH_SUCCESS, x, y, *start)]
     except (RuntimeError, MemoryError) as error:
         if len(start[0]) == 1 or not lacks_memory(error):
             raise
@@ -226,19 +225,17 @@ def logit(part: Tensor) -> Tensor:
 
 def patch_of_each_class(
     network: nn.Module, x: Pixels, y: Labels, size: Sequence[int] | None = None, tries: int = 1
-) -> tuple[Tensor, Patches, Tensor]:
-    """Classes, and the smallest patches of each that lead 9 of 10 images there, with |m|_1 in pixels; `tries` of each
-    class. Masks have `size`: that of the images, or (1, 1), one value for all pixels."""
-    classes = likely_classes(network, x, y)
-    found = list[tuple[Patches, Tensor]]()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Classes, and the smallest patches of each that lead 9 of 10 images there, `tries` of each class. Masks have
+    `size`: that of the images, or (1, 1), one value for all pixels."""
+    classes, found = likely_classes(network, x, y), list[Patches]()
     for _ in range(tries):
         # Most of the image at first: of faint masks half shrink onto no trigger.
         masks = (0.1 * torch.randn(len(classes), 1, *(size or x.shape[2:]), device=x.device) + 1).sigmoid()
         patterns = torch.randn(len(classes), *x.shape[1:], device=x.device).sigmoid()
         found += patches_in_parts(network, x, y, classes, masks, patterns)
-    masks, patterns = (torch.cat(parts) for parts in zip(*(patches for patches, _ in found), strict=True))
-    classes, sizes = classes.repeat(tries), torch.cat([sizes for _, sizes in found])
-    return classes, (masks, patterns), sizes
+    masks, patterns, sizes = map(torch.cat, zip(*found, strict=True))
+    return classes.repeat(tries), masks, patterns, sizes
 
 
 class SharedPatches(nn.Module):
@@ -262,8 +259,8 @@ class SharedPatches(nn.Module):
     def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
         super().__init__()
         x, y, largest = x[:PATCH_IMAGES], y[:PATCH_IMAGES], MAX_PATCH_AREA * x[0, 0].numel()
-        classes, first, sizes = patch_of_each_class(network, x, y, tries=3)
-        _, whole, values = patch_of_each_class(network, x, y, (1, 1), tries=3)
+        classes, *first, sizes = patch_of_each_class(network, x, y, tries=3)
+        _, *whole, values = patch_of_each_class(network, x, y, (1, 1), tries=3)
         self.first_masks, self.first_patterns = (nn.Buffer(part) for part in first)
         self.masks, self.patterns = (nn.Parameter(logit(part)) for part in first)
         self.values, self.pictures = (nn.Parameter(logit(part)) for part in whole)
@@ -278,7 +275,7 @@ class SharedPatches(nn.Module):
     def descent(self) -> Descent:
         return adam(0.3, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
 
-    def patches(self) -> Patches:
+    def patches(self) -> tuple[Tensor, Tensor]:
         """All m [N, 1, H, W] and p [N, C, H, W]: fixed, moving, whole."""
         masks = torch.cat([self.first_masks, self.masks.sigmoid(), self.values.sigmoid().expand_as(self.masks)])
         return masks, torch.cat([self.first_patterns, self.patterns.sigmoid(), self.pictures.sigmoid()])

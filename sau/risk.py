@@ -112,8 +112,7 @@ def measure(
     """
     if len(clean) == 0 or (triggered is not None and len(triggered) == 0):
         raise DataError("no images to measure risks on; give at least one")
-    every = torch.arange(len(clean), device=clean.labels.device)
-    place = every if triggered is None else paired(clean, triggered)
+    place = torch.arange(len(clean), device=clean.labels.device) if triggered is None else paired(clean, triggered)
     chosen = clean[place]
     eager = partial(torch.compiler.set_stance, "force_eager")  # batches are of many sizes; it holds once it is made
     with grad_enabled(clean.pixels.device), eval_mode(model, reference), seeded(seed), eager():
@@ -137,7 +136,7 @@ def risk_meter(
 
 
 def passes(search: Search, triggered: bool) -> int:
-    """Passes of an image that `measure` takes at most."""
+    """About as many passes of an image as `measure` takes where it finds no witness."""
     return 4 * SAU.adv_steps + 6 * search.steps * (search.restarts + triggered)
 
 

@@ -203,7 +203,7 @@ class RunLogger:
         figures: dict[str, float | None] = {}
         last = epoch == state.get("epochs", self.epochs)
         if model is not None and (epoch % self.run.eval_every == 0 or last):
-            found, risks = self._measure(model, self.triggered())
+            found, risks = self._measure(model)
             figures = {name: share.percent if share else None for name, share in found.shares().items()}
             figures |= risks.row() if risks else {}
             self.last = {network_digest(model): (found, risks)} if last else {}
@@ -213,13 +213,13 @@ class RunLogger:
             self.record.save_tensors(f"model_{stage}epoch_{epoch}", net.state_dict())
         return figures
 
-    def _measure(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
-        return score(model, self.test, triggered), self.risks(model) if self.risks is not None else None
+    def _measure(self, model: nn.Module) -> tuple[Score, Found | None]:
+        return score(model, self.test, self.triggered()), self.risks(model) if self.risks is not None else None
 
-    def final(self, model: nn.Module, triggered: Images | None) -> tuple[Score, Found | None]:
+    def final(self, model: nn.Module) -> tuple[Score, Found | None]:
         """The score and the risks of the result, measured now unless the last evaluation was of the same weights; a
         method that told the loop of no network gets the row of its risks here."""
-        found, risks = self.last.get(network_digest(model)) or self._measure(model, triggered)
+        found, risks = self.last.get(network_digest(model)) or self._measure(model)
         last = self.record.rows[-1] if self.record.rows else {"epoch": 0}
         if risks and "r_adv" not in last:
             place = {"epoch": last["epoch"] + 1, **({"stage": last["stage"]} if "stage" in last else {})}

@@ -59,7 +59,7 @@ def read_yaml(path: Path, known: Mapping[str, Option], ignored: Collection[str] 
     datasets = [*SOURCES, *(f"{dataset}.{recipe}" for dataset in SOURCES for recipe in RECIPES)]
     for kind, allowed in (("recipes", [*RECIPES]), ("datasets", datasets)):
         for case, each in settings_of(content.pop(kind, {}), f"{path}: {kind}", {}, allowed).items():
-            found[case] = settings_of(each.value, path, known, ignored)
+            found[case] = settings_of(each.value, each.origin, known, ignored)
             if early := [found[case][name].origin for name in EARLY if name in found[case]]:
                 raise ConfigError(f"{early[0]} cannot depend on the recipe or the data set; set it for all")
     return {"": settings_of(content, path, known, ignored), **found}
@@ -141,7 +141,7 @@ class Settings:
         known, unknown = self._parser({}, True).parse_known_args(argv)
         self.given: dict[str, Any] = vars(known)  # by the flags, not yet converted
         self.help_wanted: Any = self.given.pop("help", None)
-        if unknown and not self.help_wanted:  # help is given beside mistakes, too
+        if unknown and self.help_wanted not in ("--help", "--help_all"):  # help is given beside mistakes, too
             every = [f"--{name}" for each in self.known.values() for name in (each.name, *each.aliases)]
             raise ConfigError(f"{unknown[0]!r} is no flag{nearest(unknown[0].split('=')[0], every)}; see --help")
         self.files = [self._read(name) for name in FILES if name in self.given and name in self.known]

@@ -145,7 +145,7 @@ def by_name(folders: list[str], classes: list[str] | None) -> list[str] | None:
     spelt = {name.casefold(): name for name in folders}
     if classes is None or len({name.casefold() for name in classes}) < len(classes):
         return None
-    known = spelt.keys() <= {*map(str.casefold, classes)}
+    known = len(spelt) == len(folders) and spelt.keys() <= {*map(str.casefold, classes)}
     return [spelt.get(name.casefold(), name) for name in classes] if known else None
 
 

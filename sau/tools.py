@@ -105,7 +105,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from sau.record import attack_result
     from sau.record.folder import Record
 
-    device = use_device(args)
+    device, search = use_device(args), Search(eps=args.eps)  # a wrong radius is refused before anything is drawn
     attacked, record = attack_result.load(path), Record(path)
     safe_join(path, "figures")  # RecordError if it is a link
     before, after, triggered = attacked.model(), attacked.model(), attacked.triggered
@@ -130,7 +130,7 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         clean, bad = sample(test, triggered, EXAMPLE_IMAGES)
         if bad:
             there = after.to(device), before.to(device), clean.to(device), bad.to(device)
-            yield f"examples_{args.defense}", draw.examples(*there, Search(eps=args.eps))
+            yield f"examples_{args.defense}", draw.examples(*there, search)
 
 
 def verify(argv: Sequence[str]) -> int:

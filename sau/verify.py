@@ -104,7 +104,7 @@ def _figures(folder: Path, parts: dict[str, Path], measured: Callable[[Path, boo
         rating = der(recorded["before"], recorded["after"])
         if rating != summary["der"]:
             raise RecordError(f"der is {summary['der']}, but the figures give {rating}")
-        texts.append(f"der {rating}")
+        texts += [] if rating is None else [f"der {rating}"]
     return ", ".join(texts)
 
 

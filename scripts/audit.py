@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> None:
     """Audit one attack after the other: draw, and print the tables."""
-    where, count = use_device(given), len(given.result_file)
+    device, count = use_device(given), len(given.result_file)
     controls = given.control or [None]
     controls = controls * count if len(controls) == 1 else controls
     if len(controls) != count:
@@ -67,7 +67,7 @@ def run(given: argparse.Namespace) -> None:
     for attacked, control in zip(records, controls, strict=True):
         case = open_case(
             attacked, given.defense, control and find(given.record_root, control), dataset_path=given.dataset_path,
-            samples=given.samples, amp=None if given.amp is None else given.amp == "true", where=where,
+            samples=given.samples, amp=None if given.amp is None else given.amp == "true", device=device,
         )  # fmt: skip
         out = given.out or safe_join(attacked, "audit")  # which is no link in a record of others
         if (out / RESULT).exists():

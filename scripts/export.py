@@ -64,6 +64,8 @@ def main() -> int:
         write(attacked, target, asked.name_there or target.name, asked.dataset_path)
     else:
         train, poisoned, triggered, _ = exported_images(attacked, asked.dataset_path)
+        if not len(poisoned):
+            print("note: the attack kept no poisoned training images, so the training set is the clean one")
         parts = {"train": train.replace_rows(poisoned, poisoned.index), "test_triggered": triggered}
         (export_png if asked.format == "png" else export_npz)(parts, target)
     print(target)

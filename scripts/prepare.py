@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.data.images import Images
-from sau.data.sources import SOURCES, fingerprint, load, subset_note
-from sau.errors import ConfigError, run_command
+from sau.data.sources import SOURCES, fingerprint, load, source, subset_note
+from sau.errors import run_command
 from sau.report.tables import markdown
 from sau.tools import Parser
 
@@ -34,8 +34,8 @@ def main() -> None:
         "--img_size", type=int, help="height and width of the images, where they can be resized [their own]"
     )
     asked = parser.parse_args()
-    if unknown := sorted({*asked.dataset} - {*SOURCES}):
-        raise ConfigError(f"unknown data set {unknown[0]!r}; choose of {', '.join(SOURCES)}")
+    for name in asked.dataset:
+        source(name)  # an unknown one is refused before anything is fetched
     for name in asked.dataset:
         train, test = load(name, asked.dataset_path, asked.img_size)
         heads = [name, "images", "shape", "classes", "a class has", "fingerprint (SHA-256)"]

@@ -201,22 +201,24 @@ def clean(args: argparse.Namespace) -> None:
     audits = [read(place) for place in args.audits]
     for line in did_not_take(audits):
         print(f"warning: {line}", file=sys.stderr)
-    parts = [("before", ""), ("statistics", ""), ("relearn", "released")]
+    parts = before, anew, relearned = ("before", ""), ("statistics", ""), ("relearn", "released")
     for place, audit in zip(args.audits, audits, strict=True):
         acc, asr, racc = (curves([audit], figure) for figure in ("acc", "asr", "racc"))
         if not asr.keys() >= {*parts} or CONTROL not in audit["networks"]:
             raise RecordError(f"{place} lacks a part or the control; run audit.py with --control and both parts")
         if audit["asked"] != audits[0]["asked"]:
             raise RecordError(f"{place} has other settings than {args.audits[0]}; audit both alike")
-        before, anew, relearned = parts
+        shots = [*asr[relearned][CONTROL]]  # fewer where the attacker has fewer poisons
+        if shots != [*curves(audits[:1])[relearned][CONTROL]]:
+            raise RecordError(f"{place} has other numbers of poisons than {args.audits[0]}; audit with fewer --shots")
         floor, ceiling = (figure[before][CONTROL][0].mean for figure in (asr, racc))
         for network in audit["networks"]:
             left, right = asr[before][network][0].mean, racc[before][network][0].mean
             figures = [acc[before][network][0].mean, left, left - floor, right, ceiling - right]
             spent = [asr[anew][network][0], *asr[relearned][network].values()]
             found[network][audit["attack"]].append([*figures, *(one.mean for one in spent)])
-    shots = [f"k = {k}" for k in curves(audits[:1])[parts[2]][CONTROL]]
-    heads = ["network", "attacks", "ACC", "ASR", "excess ASR", "R-ACC", "R-ACC gap", "statistics anew", *shots]
+    heads = ["network", "attacks", "ACC", "ASR", "excess ASR", "R-ACC", "R-ACC gap", "statistics anew"]
+    heads += [*(f"k = {k}" for k in shots), "largest excess"]
     body = []
     for network, attacks in found.items():
         means = [[statistics.mean(column) for column in zip(*rows, strict=True)] for rows in attacks.values()]
@@ -224,7 +226,7 @@ def clean(args: argparse.Namespace) -> None:
         most, attack = max(zip(columns[2], attacks, strict=True), key=lambda pair: pair[0])
         texts = [f"{statistics.mean(column):.1f}" for column in columns]
         body.append([network, str(len(attacks)), *texts, f"{most:+.1f} ({attack})"])
-    print(markdown([*heads, "largest excess"], body), end="")
+    print(markdown(heads, body), end="")
 
 
 def ratios(args: argparse.Namespace) -> None:

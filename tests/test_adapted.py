@@ -153,9 +153,9 @@ def test_the_verdict_tells_a_backdoor_that_stayed_from_one_that_went(monkeypatch
     gone = verdict_of(planted()[0], fixed, x, y, print)
     assert gone["after"] > 1.5 * kept["after"] and not gone["doubts"]
     assert min(gone["before"], kept["before"]) < 9.5  # the corner has 9 pixels
-    two = (torch.arange(2), (torch.ones(2), torch.ones(2)), torch.tensor([1.0, 40.0]))  # classes, patches, sizes
+    two = (torch.arange(2), torch.ones(2), torch.ones(2), torch.tensor([1.0, 40.0]))  # classes, masks, patterns, sizes
     monkeypatch.setattr(checks, "patch_of_each_class", lambda *given: two)
-    monkeypatch.setattr(checks, "smallest_patches", lambda *given: (None, torch.tensor([19.0])))
+    monkeypatch.setattr(checks, "smallest_patches", lambda *given: (None, None, torch.tensor([19.0])))
     assert (found := verdict_of(net, fixed, x, y, print))["doubts"] and found["typical"] == 40.0
 
 
@@ -166,11 +166,11 @@ def test_the_verdict_looks_at_few_images(given: int, holds: int, searched: list[
     """Of all classes at once, or of half of them at a time where memory `holds` fewer, or there is no verdict."""
     counts, said, search = list[int](), list[str](), pgd.smallest_patches
 
-    def counted(networks: Any, x: torch.Tensor, y: torch.Tensor, classes: torch.Tensor, *more: Any) -> Any:
+    def counted(networks: Any, share: float, x: torch.Tensor, y: Any, classes: torch.Tensor, *more: Any) -> Any:
         counts.append(len(x) * len(classes))
         if counts[-1] > holds:
             raise torch.OutOfMemoryError("out of memory")
-        return search(networks, x, y, classes, *more)
+        return search(networks, share, x, y, classes, *more)
 
     for module in (pgd, checks):
         monkeypatch.setattr(module, "smallest_patches", counted)

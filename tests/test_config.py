@@ -283,7 +283,7 @@ def test_the_attacks_yaml_beats_the_recipes_yaml_and_names_no_further_file(tmp_p
 
 
 def test_what_is_needed_before_the_recipe_is_known_does_not_depend_on_it(tmp_path):
-    with refuses(ConfigError, "settings.yaml: record_root cannot depend on"):
+    with refuses(ConfigError, "settings.yaml: datasets: digits: record_root cannot depend on"):
         asked(["--yaml_path", str(written(tmp_path, "datasets:\n  digits: {record_root: elsewhere}\n"))])
 
 

@@ -104,8 +104,8 @@ def test_examples_are_what_their_rows_say_of_images_that_both_networks_know():
 
 
 def test_features_are_the_input_of_the_linear_layer_that_runs_last():
-    model, x = tiny_net(), to_float(toy_images(10).pixels)
-    kept = last_features(model, x, batch_size=4)
+    model, x = tiny_net(), to_float(toy_images(200).pixels)  # more than a batch
+    kept = last_features(model, x)
     torch.testing.assert_close(model.linear(kept), model(x))
     model.another = torch.nn.Linear(2, 2)  # last in the order of modules, but it does not run
     torch.testing.assert_close(last_features(model, x), kept)

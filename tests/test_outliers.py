@@ -28,7 +28,7 @@ from sau.models import Normalized, build, unwrapped
     ([1e-9, 1.0], 0.0, [1]),
 ])  # fmt: skip
 def test_channels_u_deviations_above_their_layer_are_outliers(scores, u, expected):
-    found = CLP().outliers({"a": torch.tensor(scores, dtype=torch.float64)}, u).pruned
+    found = CLP().level({"a": torch.tensor(scores, dtype=torch.float64)}, u).pruned
     assert [i for flags in found.values() for i in flags.nonzero().flatten().tolist()] == expected
 
 

@@ -183,7 +183,7 @@ def test_class_names_in_the_file_number_the_folders(net, pictures, tmp_path, her
     """Also where there are folders for some of the classes only; the log shows which, and what the file says else."""
     assert by_name(["blue", "red"], ["Red", "green", "BLUE"]) == ["red", "green", "blue"]
     assert by_name(["blue", "red"], ["red", "green"]) is None and by_name(["blue"], None) is None
-    assert by_name(["a"], ["a", "A"]) is None  # which of the two?
+    assert by_name(["a"], ["a", "A"]) is None and by_name(["A", "a"], ["a", "b"]) is None  # which of the two?
     torch.save({"net": net.state_dict(), "classes": ["x", "y", "z"]}, tmp_path / "says.pt")
     status, out, _ = here(*flags(tmp_path / "says.pt", pictures))
     assert status == 0 and "classes: 0 = blue, 1 = green, 2 = red (folders in order)" in out.splitlines()

@@ -60,7 +60,6 @@ class AdapBlend(AdaptiveAttack, Blended):
 
     name = "adap_blend"
 
-    attack_trigger_img_path: str | None = param(None, "file of the image t, resized; none means Blended's drawing")
     attack_train_blended_alpha: float = 0.15
     mask_rate: float = param(0.5, "share of the 16 tiles that a training image lacks", ge=0, lt=1)
 

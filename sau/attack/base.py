@@ -256,7 +256,7 @@ class Attack(Method, ABC):
         if not len(images):
             raise DataError("there are no images to train on; give at least one")
         normalized.check_initialised(model)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not trainable(model):
             raise ConfigError("the weights of the network are frozen; call requires_grad_() on it")
         with torch.no_grad(), normalized.eval_mode(model):
             normalized.check_logits(logits := normalized.logits_of(model, to_float(images.pixels[:8])))

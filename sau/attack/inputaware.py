@@ -32,7 +32,8 @@ from sau.types import Labels, Pixels, Scalar
 
 
 class InputAware(InBatchAttack):
-    """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code."""
+    """Train trigger generators with the classifier. Epochs count both stages, as in the authors' code; the
+    lr_scheduler none is MultiStepLR at `steplr_milestones`."""
 
     name = "inputaware"
     graph_safe = True
@@ -121,8 +122,7 @@ class InputAware(InBatchAttack):
         patterns.keeps = self.accumulate
         schedule = recipe.lr_scheduler or "MultiStepLR"  # the benchmark's default
         classifier = replace(recipe, epochs=self.classifier_epochs(recipe), lr_scheduler=schedule)
-        descent = classifier.descent(model.parameters(), steps)
-        return {"model": model, "generators": generators, "descent": descent, "patterns": patterns}
+        return super().prepare(model, classifier, steps) | {"generators": generators, "patterns": patterns}
 
     def compose(self, state: State, x: Pixels, y: Labels) -> tuple[Tensor, Labels]:
         """n images to poison, n for cross triggers, clean ones; without labels the n that those are drawn for."""

@@ -97,7 +97,7 @@ class Case:
 
 def open_case(
     place: Path, defenses: Sequence[str] = (), control: Path | None = None, *, dataset_path: str | None = None,
-    samples: int = 2500, amp: bool | None = None, where: torch.device | str = "cpu",
+    samples: int = 2500, amp: bool | None = None, device: torch.device | str = "cpu",
 ) -> Case:  # fmt: skip
     """Read the attack in the folder `place`, ours or BackdoorBench's, and the networks to compare.
 
@@ -107,7 +107,7 @@ def open_case(
 
     Raises RecordError for a clean network, an attacked control or one of other images, and for want of poisons.
     """
-    attacked, there = attack_result.load(place), torch.device(where)
+    attacked, device = attack_result.load(place), torch.device(device)
     if attacked.triggered is None:
         raise RecordError(f"{place} is a clean network; name the record of an attack, and this one as --control")
     train, test, notes = attacked.images(dataset_path)
@@ -131,13 +131,13 @@ def open_case(
             raise RecordError(f"{control} holds another network than {place}; train the control like that one")
     for model in networks.values():
         model.amp = bool(attacked.amp) if amp is None else amp
-        model.to(there).eval().requires_grad_(False)
+        model.to(device).eval().requires_grad_(False)
     clean, triggered = sample(test, attacked.triggered, samples)
     if triggered is None:
         raise DataError(f"none of {samples} test images has a triggered version; measure on more")
     about = {f"network_{key}": attacked.network[key] for key in ("name", "classes", "width")}
     about = {"dataset": attacked.dataset, **about, **(attacked.settings or {})}
-    images = train.to(there), _poisons(attacked, train).to(there), clean.to(there), triggered.to(there)
+    images = train.to(device), _poisons(attacked, train).to(device), clean.to(device), triggered.to(device)
     return Case(attacked.path.name, networks, *images, source(attacked.dataset).augment, tuple(notes), about)
 
 

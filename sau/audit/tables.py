@@ -103,8 +103,9 @@ def tables(audits: Sequence[Audit]) -> str:
 
 
 def _steps(lines: Mapping[str, Line]) -> list[Any]:
-    """What the attacker spent, in order, in any line."""
-    return list(dict.fromkeys(x for line in lines.values() for x in line))
+    """What the attacker spent in any line, rising; the names that an earlier version wrote stay in their order."""
+    every = dict.fromkeys(x for line in lines.values() for x in line)
+    return sorted(every, key=lambda x: 0 if isinstance(x, str) else x)
 
 
 def _title(key: Key) -> str:
@@ -132,8 +133,8 @@ def draw(audits: Sequence[Audit]) -> "Figure":
     for panel, (key, lines) in zip(every, found.items(), strict=False):
         steps = _steps(lines)
         for name, line in lines.items():
-            places, bars = [steps.index(x) for x in line], [value.std or 0.0 for value in line.values()]
-            means = [value.mean for value in line.values()]
+            places, values = zip(*((place, line[x]) for place, x in enumerate(steps) if x in line), strict=True)
+            means, bars = [value.mean for value in values], [value.std or 0.0 for value in values]
             panel.errorbar(places, means, bars, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
         panel.set_xticks(range(len(steps)), [f"{x:,}" if isinstance(x, int) else str(x) for x in steps], fontsize=8)
         panel.set_title(textwrap.fill(_title(key), 40), fontsize=9)
@@ -145,7 +146,7 @@ def draw(audits: Sequence[Audit]) -> "Figure":
         panel.invert_yaxis()
         panel.axvline(0, color="black", linewidth=0.7)
         panel.set(title="existence coefficient", xlabel="BEC (attacked 1, control 0)")
-    for panel in every[count:]:
+    for panel in every[len(found) + bool(left) :]:
         panel.set_axis_off()
     add_legend(figure, 6)
     return figure

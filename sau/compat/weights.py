@@ -180,13 +180,15 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
         if not chosen:
             raise RecordError(f"{found.path} has no tensor under {run.model_prefix!r}; sau inspect lists them")
         found = replace(found, tensors=chosen)
-    name, make = run.arch, None if run.arch.startswith(TIMM) or ":" not in run.arch else _imported(run)
-    if make is None and name != "auto":  # the width is that of the first convolution
+    name, make = run.arch, None
+    if ":" in name and not name.startswith(TIMM):
+        make = _imported(run)
+    elif name != "auto":  # the width is that of the first convolution
         width = next((len(value) for value in found.tensors.values() if value.ndim == 4), 64)
         make = partial(unwrapped, name, classes, width)
-    elif make is None and (known := guess(found)):
+    elif known := guess(found):
         name, make = known.name, partial(unwrapped, known.name, known.classes, known.width)
-    if make is None:
+    else:
         raise ConfigError(f"{found.path} holds no known network; name it with --arch NAME or module:function")
     try:
         return filled(make, found), name

@@ -31,7 +31,6 @@ ENOUGH = 1900  # from here on they hold; 5 % of GTSRB's 39,209 are 1,960
 EASY, EASY_ENOUGH = 0.95, 100  # a network that is right on more has an easy task, like digits, where 100 images do
 UPDATES = 250  # of SAU and AT where their published settings do not hold
 JUDGED = "defender, or oracle with `RunContext(judge=...)`, which scores a network on the test sets"
-Gradients = Literal["none", "weights", "images"]
 Select = Literal["defender", "oracle"]
 
 
@@ -51,7 +50,7 @@ class Defense(Method, ABC):
     """A defense is its `run`; `purify` is the same for all."""
 
     data_use: ClassVar[Literal["none", "clean", "poisoned"]] = "clean"  # which images decide; poisoned: the attacker's
-    gradients: ClassVar[Gradients] = "weights"  # images: also of the logits to the images
+    gradients: ClassVar[Literal["none", "weights", "images"]] = "weights"  # images: also of the logits to the images
     few_suffice: ClassVar[bool] = False  # in an easy task: 143 removed BadNets and Blended in docs/results/digits.md
     lengths: ClassVar[tuple[str, ...]] = ()  # settings that count epochs
 

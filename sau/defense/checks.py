@@ -249,10 +249,9 @@ def verdict_of(
     try:
         with seeded(1):
             few = x[:SEARCH_IMAGES], y[:SEARCH_IMAGES]
-            classes, (masks, patterns), sizes = patch_of_each_class(attacked, *few)
+            classes, masks, patterns, sizes = patch_of_each_class(attacked, *few)
             one = sizes.argmin().view(1)
-            start = masks[one], patterns[one]
-            _, after = smallest_patches([purified, attacked], x, y, classes[one], start, GROW_SHARE)
+            after = smallest_patches([purified, attacked], GROW_SHARE, x, y, classes[one], masks[one], patterns[one])[2]
     except (RuntimeError, MemoryError) as error:  # the defense itself is done, and its result must not be lost
         if not lacks_memory(error):
             raise

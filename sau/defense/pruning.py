@@ -189,12 +189,12 @@ class ChannelOutlierPruning(Defense):
         with full_precision(model.eval()), torch.no_grad():  # the steps of bf16, 1/128, would show in a histogram
             scores = self.scores(model, batches)
         if self.select == "defender":
-            prune_fixed(model, self.outliers(scores, self.u), session)
+            prune_fixed(model, self.level(scores, self.u), session)
             return
         values = torch.linspace(self.u_max, self.u_min, self.u_num, dtype=torch.float64).tolist()
-        choose(model, [self.outliers(scores, u) for u in values], None, self.acc_ratio, session)
+        choose(model, [self.level(scores, u) for u in values], None, self.acc_ratio, session)
 
-    def outliers(self, scores: ByNorm, u: float) -> PruningLevel:
+    def level(self, scores: ByNorm, u: float) -> PruningLevel:
         """The channels more than `u` standard deviations above the mean of their layer, but never its lowest score."""
         return PruningLevel(f"u {u:g}", {name: outliers(s, u) for name, s in scores.items()}, self.zero_shift)
 

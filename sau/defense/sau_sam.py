@@ -69,10 +69,10 @@ class SAUSAM(TrainingDefense):
     weight_true: float = param(0.0, "of the cross-entropy of shared examples to their label", ge=0)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
-        """With fewer than 1,900 images, or without batch norm, there are as many updates as in 20 rounds, and half of
-        the images get a patch. With batch norm l2 is doubled, and the rate falls with the size, as rho does. For
-        PreAct-ResNet18 the rate is halved, and a quarter of the labels are h_b's; for others rho is a quarter, and half
-        of the labels are h_b's. Without batch norm Adam trains, and the search is SAU's."""
+        """With fewer than 1,900 images, or without batch norm, there are as many updates as in 20 rounds, the search
+        makes five steps, and half of the images get a patch. With batch norm l2 is doubled, and the rate falls with the
+        size, as rho does. For PreAct-ResNet18 the rate is halved, and a quarter of the labels are h_b's; for others rho
+        is a quarter, and half of the labels are h_b's. Without batch norm Adam trains, and the search is SAU's."""
         if (norm := has_batch_norm(model)) and images >= ENOUGH:
             return self
         rate = self.lr * size_factor(model)

@@ -98,7 +98,7 @@ def load(file: Path) -> dict[str, dict[str, Any]]:
         try:
             content = json.loads(line)
             cell = content.pop("cell")
-            if not isinstance(cell, str) or cell in summaries:
+            if not isinstance(cell, str) or Path(cell).is_absolute() or cell in summaries:
                 raise ValueError(f"cell is {str(cell)[:80]!r}, allowed is the name of a folder, once")
         except MALFORMED as error:
             raise RecordError(f"{file}, line {number} is no summary ({error}); delete the line") from None

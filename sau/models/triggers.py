@@ -14,7 +14,7 @@ from sau.data.batches import quantise, to_float
 from sau.models import Normalized
 from sau.types import Pixels
 
-CODE_SIDE = 16  # the code is drawn as an image of this size and enlarged; four halvings lead back to it
+CODE_SIDE = 16  # side of the image that the code is drawn as, then enlarged; the encoder halves images as often (2**4)
 DEPTHS = (32, 32, 64, 128, 256)  # channels of conv1 to conv5, each after the first at half the size
 
 
@@ -29,7 +29,7 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 class Generator(nn.Module):
     """An encoder of three stages, each halving the image, and a decoder: [B, inputs, H, W] -> [B, outputs, H, W]."""
 
-    def __init__(self, outputs: int, inputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         down, up = ((inputs, 32), (32, 64), (64, 128)), ((128, 64), (64, 32), (32, outputs))
         self.down = nn.ModuleList(nn.Sequential(*_block(a, b), *_block(b, b)) for a, b in down)
@@ -61,7 +61,7 @@ class TriggerGenerators(nn.Module):
         if isinstance(like, Normalized) and like.mean is not None and like.std is not None:
             mean, std = like.mean.flatten().tolist(), like.std.flatten().tolist()
         self.pattern_net = Normalized(Generator(channels, channels).to(memory_format=torch.channels_last), mean, std)
-        self.mask_net = Normalized(Generator(1, channels).to(memory_format=torch.channels_last), mean, std)
+        self.mask_net = Normalized(Generator(channels, 1).to(memory_format=torch.channels_last), mean, std)
         self.std: Tensor = nn.Buffer(torch.tensor(std or [1.0] * channels).view(1, -1, 1, 1))
         self._first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 

@@ -3,7 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class TableCell:
     defense: str  # or `none`
     label: str  # as `attack_label`, of the defense
     results: tuple[Result, ...]  # over seeds, at least one
-    dead: str = ""  # on how many networks the attack missed its gate; such a cell has no rank and is in no mean
+    dead: str  # on how many networks the attack missed its gate; such a cell has no rank and is in no mean
     rank: int = 0  # 1 for the best of its attack, 2 for the second, else 0
 
     @cached_property
@@ -86,8 +86,8 @@ class Section:
 
     dataset: str | None  # None if unknown
     network: dict[str, Any]  # settings of the network; empty if unknown
-    notes: tuple[str, ...] = ()  # what the configurations note about the data, like that it is a subset
-    cells: list[TableCell] = field(default_factory=list)  # by attack: the undefended network, the defenses by merit
+    notes: tuple[str, ...]  # what the configurations note about the data, like that it is a subset
+    cells: list[TableCell]  # by attack: the undefended network, the defenses by merit
 
     @property
     def dead(self) -> str:
