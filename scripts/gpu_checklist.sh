@@ -16,7 +16,7 @@ python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command 
 root=(--record_root "$out/record" --overwrite true)
 device=cuda paper=(--recipe paper --epochs 100 --eval_every 10) fast=(--recipe fast) purify=(--recipe paper)
 steps=(--width 64 --steps 20 --repeats 3) updates=(--width 64 --batch_size 256 --steps 5 --repeats 3)
-images=(--width 64 --images 4000 --repeats 3) whole=(--width 64 --images 50000 --epochs 3 --rounds 5 --repeats 1)
+images=(--width 64 --images 4000 --repeats 3) whole=(--width 64 --images 50000 --epochs 3 --rounds 5 --repeats 1 --workers 4)
 if [ -n "${SMOKE:-}" ]; then
   device=auto small=(--width 4 --batch_size 16 --repeats 1)
   paper=(--recipe cpu --width 4 --epochs 1) fast=("${paper[@]}") purify=(--epochs 1)

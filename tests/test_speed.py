@@ -78,14 +78,6 @@ def test_a_limit_ends_a_run_between_two_updates():
                     ("epoch 1 of 2, before batch 3", "second 1 of 2, before batch 1")]  # fmt: skip
 
 
-def small() -> Normalized:
-    """A network that is compiled in a second; of torch's modules alone, which these tests do not look into."""
-    torch.manual_seed(0)
-    stem = (nn.Conv2d(3, 8, 3, stride=4, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    net = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    return Normalized(net, (0.5,) * 3, (0.25,) * 3)
-
-
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are taken and guarded as always, and run by torch itself, which spares the minute of a compiler."""
@@ -102,7 +94,7 @@ METHODS = [*DEFENSES.values(), *(ATTACKS[name] for name in ("badnet", "wanet", "
 
 def result(method: type, compiled: bool) -> nn.Module:
     """What an epoch of a method makes of a small network."""
-    model, images = small().double(), toy_images(32)
+    model, images = Normalized(tiny_net(), (0.5,) * 3, (0.25,) * 3).double(), toy_images(32)
     made = method(**{field.name: LITTLE[field.name] for field in fields(method) if field.name in LITTLE})
     model.compiled = compiled
     if isinstance(made, Attack):

@@ -76,9 +76,11 @@ def _scalar(kind: Any, content: Any) -> Any:
 
 _INERT = """
 argparse.Namespace builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
-datetime.date datetime.datetime datetime.timedelta pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath
-pathlib._local.PosixPath torch.torch_version.TorchVersion types.SimpleNamespace
+datetime.date datetime.datetime datetime.timedelta torch.torch_version.TorchVersion types.SimpleNamespace
 """.split()
+_PATHS = "PosixPath PurePosixPath WindowsPath PureWindowsPath".split()
+# The second module is that of Python 3.13.
+_INERT += [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS]
 _ARRAYS = "numpy.ndarray numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct".split()
 _SCALARS = "numpy.core.multiarray.scalar numpy._core.multiarray.scalar".split()
 ALLOWED: list[Any] = [*((Inert, name) for name in _INERT), *((Array, name) for name in _ARRAYS)]

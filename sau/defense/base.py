@@ -166,6 +166,7 @@ class Defense(Method, ABC):
             data = (data.pixels, data.labels) if isinstance(data, Images) else data
             batches: Any = clean_batches(data, self.batch_size, device, stats, seed)
             x, y = first_batch(batches)
+            compiled, owned.compiled = owned.compiled, False  # or each size of a check's batch takes a graph
             with seeded(seed):  # the caller's random numbers stay the caller's, also those of opening a loader
                 judged = checks.check_gradients(self, owned, x)
                 right, images = checks.check_before(self, owned, batches, session)
@@ -180,6 +181,7 @@ class Defense(Method, ABC):
             count = max(count, images - count * (len(batches) - 1))  # the last batch may have a few more
             with seeded(seed):
                 twice = self.gradients != "none" and checks.check_cost(method, owned, x, count, judged, session.say)
+                owned.compiled = compiled
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)
             if attacked is not None and (found := checks.verdict_of(attacked, owned, x, y, session.say)):
