@@ -177,10 +177,8 @@ class Defense(Method, ABC):
             batches.size = method.batch_size
             batches.augment = (augment or Augment(x.shape[-1] // 8)) if getattr(method, "augment", False) else None
             session.say(method.plan(images, batches, right))
-            count = len(x) if per_epoch else min(method.batch_size, images)
-            count = max(count, images - count * (len(batches) - 1))  # the last batch may have a few more
             with seeded(seed):
-                twice = self.gradients != "none" and checks.check_cost(method, owned, x, count, judged, session.say)
+                twice = checks.check_cost(method, owned, x, batches, images, judged, session.say)
                 owned.compiled = compiled
                 method.run(owned, batches, session)
                 checks.check_after(method, owned, batches, right, session)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sau.data.batches import first_batch, seeded, unaugmented
+from sau.data.batches import Batches, first_batch, seeded, unaugmented
 from sau.data.images import check_counts
 from sau.device import free_memory
 from sau.errors import ConfigError, TrainingError, lacks_memory
@@ -107,12 +107,18 @@ def search_seconds(model: nn.Module, x: Pixels) -> float:
     return passes * min(times) / len(logits)
 
 
-def check_cost(method: Any, model: nn.Module, x: Pixels, count: int, verdict: bool, say: Callable[[str], None]) -> bool:
-    """Before updates on `count` images like `x`: say what they and the searches for patches, of SAU and for the verdict
-    if there is one, take where that is much. Where there is less memory, warn, or have the network compute its
+def check_cost(
+    method: Any, model: nn.Module, x: Pixels, batches: Batched, images: int, verdict: bool, say: Callable[[str], None]
+) -> bool:
+    """Before updates on `images` like `x`, in `batches`: say what they and the searches for patches, of SAU and for the
+    verdict if there is one, take where that is much. Where there is less memory, warn, or have the network compute its
     activations twice; returns whether it does."""
+    if method.gradients == "none":
+        return False
     searches = verdict + (3 if getattr(method, "patches", 0) else 0)  # SAU's are six, of half as many images
     forecast("the search for patches", searches * search_seconds(model, x) if searches else 0.0, say)
+    count = min(batches.size, images) if isinstance(batches, Batches) else len(x)
+    count = max(count, images - count * (len(batches) - 1))  # the last batch may have a few more
     needed, free = update_bytes(model, x, count), free_memory(x.device)
     if twice := needed > free and checkpointed(getattr(model, "net", model)):
         say("activations are computed twice (activation checkpointing), for memory would not hold them")
