@@ -298,6 +298,13 @@ def test_clamp_loss() -> None:
         assert (state["model"].edge.item() > 0.60005) == moves
 
 
+def test_distill() -> None:
+    state, (x, y) = apart(method := SAU(lr=LR, distill=0.7)), next(batches(1))
+    z, q = state["model"](x).log_softmax(1), state["_reference"](x).softmax(1)
+    expected = -(0.3 * z[torch.arange(BATCH), y] + 0.7 * (q * z).sum(1)).mean()
+    torch.testing.assert_close(method.step(state, x, y)["clean_loss"], expected)
+
+
 @pytest.mark.parametrize(("p_s", "clamped", "moves"), [
     (0.0009, True, False), (0.0011, True, True), (0.5, True, True), (0.0009, False, True), (0.5, False, True),
 ])  # fmt: skip

@@ -67,10 +67,11 @@ class SAU(AdversarialTraining):
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    later = ("patches", "clamp_loss")
+    later = ("patches", "clamp_loss", "distill")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
+    distill: float = param(0.0, "share of h_b's probabilities in the labels of the clean loss", ge=0, le=1)
     weight_adv: float = param(0.0, "adversarial training on x + e; not in the paper", ge=0, aliases=("lmd_2",))
     weight_shared: float = param(1.0, "l2, lambda_2 of the paper: the shared risk", ge=0, aliases=("lmd_3",))
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
@@ -123,7 +124,8 @@ class SAU(AdversarialTraining):
             with torch.set_grad_enabled(not self.train_mode):
                 z = model(x)  # its graph serves the outer loss, so the clean pass is made once
             with torch.no_grad():
-                clean_ref = reference(x).argmax(1)
+                z_ref = reference(x)
+                clean_ref, q = z_ref.argmax(1), z_ref.softmax(1)
             delta, s = self.search(state, x, y, z.argmax(1), clean_ref)
             mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
             report: dict[str, Tensor] = {}
@@ -134,6 +136,8 @@ class SAU(AdversarialTraining):
                 else:
                     z, z_adv = model(x) if report else z, model(x + delta)
                 clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask, self.clamp_loss)
+                if self.distill:
+                    clean = (1 - self.distill) * clean + self.distill * F.cross_entropy(z, q)
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 losses = {"clean_loss": clean, "shared_loss": shared}
                 if self.weight_adv:
