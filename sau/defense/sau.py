@@ -9,7 +9,8 @@ the code h is `model`, h_b `reference` and e `delta`:
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
-where some x + e are x under one patch for all images, and `weight_adv`, the weight of CE(h(x+e), y) in the outer loss.
+where some x + e are x under one patch for all images, `weight_adv`, the weight of CE(h(x+e), y) in the outer loss, and
+`distill`, the share of q(x) in the labels of its first term.
 """
 
 from collections.abc import Callable
@@ -124,8 +125,7 @@ class SAU(AdversarialTraining):
             with torch.set_grad_enabled(not self.train_mode):
                 z = model(x)  # its graph serves the outer loss, so the clean pass is made once
             with torch.no_grad():
-                z_ref = reference(x)
-                clean_ref, q = z_ref.argmax(1), z_ref.softmax(1)
+                clean_ref = (z_ref := reference(x)).argmax(1)
             delta, s = self.search(state, x, y, z.argmax(1), clean_ref)
             mask = s != y if self.outer_mask == "wrong" else (s != y) & (s != clean_ref)
             report: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ class SAU(AdversarialTraining):
                     z, z_adv = model(x) if report else z, model(x + delta)
                 clean, shared = F.cross_entropy(z, y), unsharing_loss(z_adv, s, mask, self.clamp_loss)
                 if self.distill:
-                    clean = (1 - self.distill) * clean + self.distill * F.cross_entropy(z, q)
+                    clean = (1 - self.distill) * clean + self.distill * F.cross_entropy(z, z_ref.softmax(1))
                 loss = self.weight_clean * clean + self.weight_shared * shared
                 losses = {"clean_loss": clean, "shared_loss": shared}
                 if self.weight_adv:
