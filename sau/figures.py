@@ -24,12 +24,11 @@ from sau.data.images import Images, evenly_spaced
 from sau.errors import DataError, RecordError
 from sau.evaluate import last_features, predict
 from sau.files import write
-from sau.pgd import Search
 from sau.quality import magnified
 from sau.record.folder import Record
 from sau.report.cells import Section
 from sau.report.results import NONE, marked, read_metrics
-from sau.risk import measure
+from sau.risk import Search, measure
 
 Style = tuple[str, str | None, str]  # label, colour, line style or hatch
 Rows = Sequence[Mapping[str, float]]  # of `metrics.jsonl`

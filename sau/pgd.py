@@ -1,17 +1,15 @@
 """Searches for adversarial examples: projected gradient ascent (PGD) inside the set S of perturbations of an image, and
-patches that are the same for all images."""
+patches and warps that are the same for all images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.config import check, param
-from sau.errors import lacks_memory, require
+from sau.errors import lacks_memory
 from sau.models.normalized import at_least_fp32
 from sau.optim import Descent, adam
 from sau.types import Change, Flags, Labels, PerImage, Pixels
@@ -20,10 +18,9 @@ Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Bounded = Literal["L_inf", "L2", "L1"]  # those that have a ball
 Init = Literal["zero", "random", "max", "min"]
 INIT_HELP = "first e: zero, max (+eps everywhere), min (-eps) or random (uniform)"
-BATCH_MULTIPLE = 32
-SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
 PATCHES_HELP = "share of each batch that gets a patch, the same for all images, instead of e in S"
-PATCH_IMAGES = 20  # that SAU's patches are searched on
+WARPS_HELP = "share of each batch that is warped, by a warp that is the same for all images, instead of e in S"
+PATCH_IMAGES = 20  # that SAU's patches and warps are searched on
 STEPS, CLASSES = 60, 10  # of a search for the smallest patches
 PATCH_SUCCESS = 0.9  # share of the images of other classes that such a patch must lead to its class
 SUSPICIOUS = 0.5  # of the typical size: a patch below it is a backdoor's
@@ -58,31 +55,6 @@ class Ball:
         return length(e, self.norm) <= self.eps * (1 + 1e-6) + lost
 
 
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """How the risks are searched for (`sau.risk`): steepest ascent in S, with x + e in [0, 1]."""
-
-    norm: Bounded = param("L_inf", "norm of the ball")
-    eps: float = param(0.2, "radius of the ball, in [0, 1] pixels; in L_inf below 1")
-    steps: int = param(20, "steps of each search", ge=1)
-    step_size: float | None = param(None, "length of a step in that norm; None means 2.5 eps / steps")
-    restarts: int = param(2, "searches from random places, for each risk", ge=1)
-
-    def __post_init__(self) -> None:
-        check(self, " of the risks' search")
-        for name in ("eps", "step_size"):
-            value = getattr(self, name)
-            require(f"{name} of the risks' search", value, value is None or is_radius(value, self.norm), RADII)
-
-    @property
-    def ball(self) -> Ball:
-        return Ball(norm=self.norm, eps=self.eps, clip=True)
-
-    def ascend(self, objective: Callable[[Change], PerImage], x: Pixels, e: Change) -> Change:
-        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
-        return pgd(objective, x, e, self.ball, steps=1, lr=size, direction=partial(steepest, norm=self.norm))
-
-
 def pgd(
     objective: Callable[[Change], PerImage | None], x: Pixels, e: Change, ball: Ball, *, steps: int, lr: float,
     direction: Callable[[Change], Change] = torch.sign,
@@ -107,18 +79,6 @@ def pgd(
     return e.detach()
 
 
-def steepest(gradient: Change, norm: Bounded) -> Change:
-    """The direction of length 1 in `norm` that climbs most; in L1 shared by the largest 1 % of the values."""
-    if norm == "L_inf":
-        return gradient.sign()
-    if norm == "L2":
-        return gradient / length(gradient, "L2").clamp_min(1e-30).view(-1, 1, 1, 1)
-    flat = gradient.flatten(1)
-    k = max(1, int(SPARSE * flat.shape[1]))
-    top = flat.abs().topk(k, 1).indices
-    return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k).view_as(gradient)
-
-
 def is_radius(eps: float, norm: Norm) -> bool:
     """Whether `eps` is a radius, or a step, as `RADII` has it: an L_inf ball of 1 and more holds every image."""
     return eps > 0 and (norm != "L_inf" or eps < 1)
@@ -138,13 +98,6 @@ def length(e: Change, norm: Norm) -> PerImage:
     """The norm of every image's perturbation."""
     order = {"L_inf": torch.inf, "L1": 1, "L2": 2}[norm]
     return torch.linalg.vector_norm(e.flatten(1), ord=order, dim=1)
-
-
-def unsettled(settled: Flags) -> Tensor:
-    """Places [M] of the images that are not settled, and of some that are, so that M is a multiple of 32, or all:
-    every new batch size costs the convolutions a set-up."""
-    size = -(-int((~settled).sum()) // BATCH_MULTIPLE) * BATCH_MULTIPLE
-    return settled.to(torch.uint8).argsort(stable=True)[:size]
 
 
 # Patches
@@ -238,6 +191,11 @@ def patch_of_each_class(
     return classes.repeat(tries), masks, patterns, sizes
 
 
+def drawn(ends: Tensor, count: int) -> Tensor:
+    """Random numbers [count] of the parts of [0, 1] that have these ends."""
+    return torch.searchsorted(ends, torch.rand(count, device=ends.device)).clamp_max(len(ends) - 1)
+
+
 class SharedPatches(nn.Module):
     """Shared adversarial examples of SAU that are the same for all images, as a trigger is: x' = (1 - m) x + m p.
 
@@ -287,9 +245,53 @@ class SharedPatches(nn.Module):
 
     def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:
         """Each image under a random patch, after a step of those that move."""
-        chosen = torch.searchsorted(self.ends, torch.rand(len(x), device=x.device)).clamp_max(len(self.classes) - 1)
+        chosen = drawn(self.ends, len(x))
         stamped, size = self.stamp(x, chosen), self.patches()[0].flatten(1).sum(1)
         loss = sum(F.cross_entropy(at_least_fp32(network(stamped)), self.classes[chosen]) for network in networks)
         self.cost.mul_(torch.where(size.detach() > self.limits, 1.2, 1 / 1.2)).clamp_(1e-4, 10)
         descent.follow(torch.autograd.grad(loss + (self.cost * size).mean(), descent.parameters))
         return self.stamp(x, chosen).detach()
+
+
+class SharedWarps(nn.Module):
+    """Shared adversarial examples of SAU that are one warp for all images, as WaNet's: x'(u) = x(u + f(u)).
+
+    Each class has a field f, bicubic between 4x4 points, there at most one pixel. It descends the cross-entropy of
+    h_b to that class, then that of both networks, a step of Adam a batch. Classes to which h_b is led more often get
+    more images, by the fourth power of that share. Arguments are those of `SharedPatches`.
+    """
+
+    def __init__(self, network: nn.Module, x: Pixels, y: Labels) -> None:
+        super().__init__()
+        x, y = x[:PATCH_IMAGES], y[:PATCH_IMAGES]
+        self.classes: Tensor = nn.Buffer(likely_classes(network, x, y))
+        count = len(self.classes)
+        self.fields = nn.Parameter(torch.randn(count, 2, 4, 4, device=x.device) / 2)
+        self.ends: Tensor = nn.Buffer(torch.arange(1, count + 1, device=x.device) / count)
+        descent = self.descent()
+        for _ in range(STEPS * count):
+            self.ascend([network], descent, x)
+        with torch.no_grad():
+            led = [network(self.warp(x, 0 * y + i)).argmax(1) == c for i, c in enumerate(self.classes)]
+        shares = torch.stack(led).float().mean(1).clamp_min(0.01) ** 4
+        self.ends.copy_((shares / shares.sum()).cumsum(0))
+
+    def descent(self) -> Descent:
+        return adam(0.1, adam_betas=(0.5, 0.9)).descent(self.parameters(), 1)
+
+    def warp(self, x: Pixels, chosen: Tensor) -> Pixels:
+        """x', each image under the warp of that number."""
+        field = F.interpolate(self.fields[chosen], x.shape[2:], mode="bicubic", align_corners=True).movedim(1, 3)
+        pixel = 2 / torch.tensor([x.shape[3], x.shape[2]], device=x.device)  # a grid is 2 wide and 2 high
+        same = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
+        grid = F.affine_grid(same, list(x.shape), align_corners=False) + pixel * field
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:
+        """Each image under a random warp, after a step of these."""
+        warped = self.warp(x, chosen := drawn(self.ends, len(x)))
+        losses = [F.cross_entropy(at_least_fp32(network(warped)), self.classes[chosen]) for network in networks]
+        descent.follow(torch.autograd.grad(torch.stack(losses).sum(), descent.parameters))
+        with torch.no_grad():
+            self.fields.clamp_(-1, 1)
+            return self.warp(x, chosen)

@@ -30,16 +30,55 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from sau.config import check, param
 from sau.data.batches import seeded
 from sau.data.images import Images, paired, sample, to_float
-from sau.defense.sau import SAU, example_types
-from sau.errors import DataError
+from sau.defense.sau import SAU, example_types, unsettled
+from sau.errors import DataError, require
 from sau.evaluate import Proportion, figures, predict
 from sau.models.normalized import check_labels, check_logits, eval_mode, grad_enabled, logits_of
-from sau.pgd import Search, unsettled
+from sau.pgd import RADII, Ball, Bounded, is_radius, length, pgd
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 BATCH = 256  # images a pass
+SPARSE = 0.01  # share of the values that a step in the L1 norm moves (Tramer and Boneh 2019)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How the risks are searched for: steepest ascent in S, with x + e in [0, 1]."""
+
+    norm: Bounded = param("L_inf", "norm of the ball")
+    eps: float = param(0.2, "radius of the ball, in [0, 1] pixels; in L_inf below 1")
+    steps: int = param(20, "steps of each search", ge=1)
+    step_size: float | None = param(None, "length of a step in that norm; None means 2.5 eps / steps")
+    restarts: int = param(2, "searches from random places, for each risk", ge=1)
+
+    def __post_init__(self) -> None:
+        check(self, " of the risks' search")
+        for name in ("eps", "step_size"):
+            value = getattr(self, name)
+            require(f"{name} of the risks' search", value, value is None or is_radius(value, self.norm), RADII)
+
+    @property
+    def ball(self) -> Ball:
+        return Ball(norm=self.norm, eps=self.eps, clip=True)
+
+    def ascend(self, objective: Callable[[Change], PerImage], x: Pixels, e: Change) -> Change:
+        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        return pgd(objective, x, e, self.ball, steps=1, lr=size, direction=partial(steepest, norm=self.norm))
+
+
+def steepest(gradient: Change, norm: Bounded) -> Change:
+    """The direction of length 1 in `norm` that climbs most; in L1 shared by the largest 1 % of the values."""
+    if norm == "L_inf":
+        return gradient.sign()
+    if norm == "L2":
+        return gradient / length(gradient, "L2").clamp_min(1e-30).view(-1, 1, 1, 1)
+    flat = gradient.flatten(1)
+    k = max(1, int(SPARSE * flat.shape[1]))
+    top = flat.abs().topk(k, 1).indices
+    return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / k).view_as(gradient)
 
 
 @dataclass(frozen=True, eq=False)

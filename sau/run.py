@@ -24,10 +24,10 @@ from sau.evaluate import Score, score
 from sau.loop import Limit, RunContext
 from sau.models import Normalized
 from sau.optim import Method
-from sau.pgd import Bounded, Search
+from sau.pgd import Bounded
 from sau.quality import RADIUS
 from sau.record.folder import EARLY, Record, digest
-from sau.risk import Found
+from sau.risk import Found, Search
 
 RecipeName = Literal["paper", "cpu", "fast"]
 RECIPES: dict[str, str] = {

@@ -101,9 +101,9 @@ def _figures(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from sau import figures as draw
     from sau.data.images import sample
     from sau.grid.store import find
-    from sau.pgd import Search
     from sau.record import attack_result
     from sau.record.folder import Record
+    from sau.risk import Search
 
     device, search = use_device(args), Search(eps=args.eps)  # a wrong radius is refused before anything is drawn
     attacked, record = attack_result.load(path), Record(path)

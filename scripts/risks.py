@@ -7,12 +7,11 @@ from typing import Any
 
 from sau.errors import RecordError, require
 from sau.grid.store import find
-from sau.pgd import Search
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.report.results import marked, read_metrics
 from sau.report.tables import markdown
-from sau.risk import risk_meter
+from sau.risk import Search, risk_meter
 from sau.tools import use_device
 
 GAPS = {"r_adv": "R_adv - R_bd", "r_share": "R_share - R_bd", "r_share_sau": "R_share - R_bd, SAU's search"}

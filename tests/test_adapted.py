@@ -16,7 +16,7 @@ from sau.defense import AT, DEFENSES, FT, NAD, SAU, SAUSAM, checks
 from sau.defense.checks import lines, verdict_of
 from sau.loop import RunContext
 from sau.models import PreActResNet18
-from sau.pgd import SharedPatches, likely_classes
+from sau.pgd import SharedPatches, SharedWarps, likely_classes
 
 
 @pytest.mark.parametrize("defense", [SAU, AT])
@@ -59,7 +59,9 @@ def test_the_rate_follows_from_the_weights() -> None:
 def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
     for net, weight in ((nn.Sequential(plain, nn.BatchNorm2d(4)), 0.3), (nn.Sequential(plain), 0.0)):
-        assert ((found := SAU().adapted(net, 100)).patches, found.weight_adv, found.pgd_init) == (0.8, weight, "max")
+        few, enough = (SAU().adapted(net, count) for count in (1899, 1900))
+        assert (few.patches, few.warps, few.distill, few.weight_adv, few.pgd_init) == (0.65, 0.2, 0.8, weight, "max")
+        assert replace(few, patches=0.8, warps=0.0, distill=0.0, augment=False) == replace(enough, epochs=few.epochs)
     few, enough = (SAU().adapted(PreActResNet18(10, 4), count) for count in (1899, 1900))
     assert (few.patches, few.epochs, few.lr, few.weight_shared, few.clamp_loss) == (0.5, 7, 7.5e-4, 2.0, False)
     assert enough == SAU()
@@ -84,15 +86,30 @@ def test_shared_patches_are_as_small_as_a_trigger_and_lead_both_networks(monkeyp
     assert shares.sum(1).allclose(torch.tensor(1 / 3)) and shares[0][patches.classes[: len(first)] == 0].sum() > 1 / 6
 
 
-def test_some_images_get_a_patch_and_the_others_a_change_within_the_ball() -> None:
+def test_the_shared_warp_of_a_class_moves_pixels_as_far_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second class is that of bright images: on a ramp each pixel comes from the one to its right."""
+    monkeypatch.setattr(pgd, "STEPS", 60)
+    net, ramp = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), (torch.arange(8) / 8).expand(12, 3, 8, 8)
+    nn.init.constant_(net[1].weight[0], 0.0), nn.init.constant_(net[1].weight[1], 1.0)
+    net[1].bias = nn.Parameter(torch.tensor([0.0, -2 * ramp[0].sum()]))  # no image is bright enough
+    warps = SharedWarps(net.requires_grad_(False), ramp, torch.zeros(12, dtype=torch.long))
+    assert (warps.fields[1, 0] == 1).all() and warps.fields.abs().max() == 1
+    moved = warps.warp(ramp, torch.ones(12, dtype=torch.long))
+    assert torch.allclose(moved[..., :-1], ramp[..., 1:]) and torch.allclose(moved[..., -1], ramp[..., -1])
+
+
+def test_some_images_get_a_patch_or_a_warp_and_the_others_a_change_within_the_ball() -> None:
     x, y = torch.rand(20, 3, 8, 8), torch.arange(20) % 4
     net = tiny_net().eval()
-    method = SAU(patches=0.3, eps=0.01, adv_lr=0.01)
+    method = SAU(patches=0.3, warps=0.2, eps=0.01, adv_lr=0.01)
     state = method.prepare(net, [(x, y)])
-    before = copy.deepcopy(state["patches"].state_dict())
+    before = {name: copy.deepcopy(state[name].state_dict()) for name in ("patches", "warps")}
     delta, s = method.search(state, x, y, net(x).argmax(1), net(x).argmax(1))
-    assert (delta[:6].abs().flatten(1).amax(1) > 0.02).all() and delta[6:].abs().max() <= 0.0101
-    assert torch.equal(s, net(x + delta).argmax(1)) and not torch.equal(before["masks"], state["patches"].masks)
+    assert (delta[:10].abs().flatten(1).amax(1) > 0.02).all() and delta[10:].abs().max() <= 0.0101
+    assert torch.equal(s, net(x + delta).argmax(1)) and not torch.equal(
+        before["patches"]["masks"], state["patches"].masks
+    )
+    assert not torch.equal(before["warps"]["fields"], state["warps"].fields)
 
 
 def test_a_loader_s_own_batches_are_counted() -> None:

@@ -13,8 +13,8 @@ from sau.data import images as data
 from sau.data.images import Images, to_float
 from sau.errors import ConfigError, DataError, RecordError
 from sau.figures import RISKS, curves, examples, images, last_features, risks, save, types
-from sau.pgd import Search
 from sau.record.folder import Record
+from sau.risk import Search
 
 pytestmark = pytest.mark.usefixtures("closed_figures")
 

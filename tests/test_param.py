@@ -13,8 +13,8 @@ from sau.config import Option, options
 from sau.defense import ANP, AT, BNP, DEFENSES, NAD, NPD, RNP, SAU
 from sau.errors import ConfigError
 from sau.optim import Training
-from sau.pgd import Search
 from sau.quality import of_attack
+from sau.risk import Search
 from sau.run import AttackRun, DefenseRun, OwnRun
 from sau.settings import Settings
 
@@ -92,6 +92,7 @@ TOGETHER = [
     (AT, {"eps": 1.0}),
     (NPD, {"eps": 8.0, "norm": "L_inf"}),
     (Search, {"eps": 8.0}),
+    (SAU, {"warps": 0.4, "patches": 0.6}),
     (Search, {"step_size": 8.0}),
     (DefenseRun, {"risk_eps": 8.0}),
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from toys import QUICK, refuses, rows, summary, tiny_net, toy_images
 
 from sau.data.images import Images, sample
 from sau.errors import ConfigError, DataError, TrainingError
-from sau.pgd import Search, length
-from sau.risk import margins, measure, shared_margin
+from sau.pgd import length
+from sau.risk import Search, margins, measure, shared_margin
 
 SIDE, N = 8, 96
 

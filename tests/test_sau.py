@@ -28,7 +28,7 @@ OURS = {  # the release's options by our names
 @pytest.fixture(autouse=True)
 def small_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared images leave the small batches of these tests as they leave large ones elsewhere."""
-    monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", 4)
+    monkeypatch.setattr("sau.defense.sau.BATCH_MULTIPLE", 4)
 
 
 @cache
@@ -220,7 +220,7 @@ def test_shared_images_leave_the_batch(multiple: int, left: int, monkeypatch: py
     """m = 0.4 is shared from the start and leaves; m = 0.1 cannot reach the edge, so three walk on through all steps.
 
     Some shared ones stay where that makes the batch such a multiple."""
-    monkeypatch.setattr("sau.pgd.BATCH_MULTIPLE", multiple)
+    monkeypatch.setattr("sau.defense.sau.BATCH_MULTIPLE", multiple)
     method = SAU(adv_steps=3)
     state = lines(method, 0.5, 0.5)
     x = torch.cat([plain(value, 1) for value in (0.1, 0.4, 0.1, 0.4, 0.1)])

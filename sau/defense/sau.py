@@ -9,8 +9,8 @@ the code h is `model`, h_b `reference` and e `delta`:
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
 and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
-where some x + e are x under one patch for all images, `weight_adv`, the weight of CE(h(x+e), y) in the outer loss, and
-`distill`, the share of q(x) in the labels of its first term.
+and `warps`, where some x + e are x under one patch or warp for all images, `weight_adv`, the weight of CE(h(x+e), y) in
+the outer loss, and `distill`, the share of q(x) in the labels of its first term.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 from sau.config import param
 from sau.data.batches import first_batch
-from sau.defense.base import AdversarialTraining, Defense, is_published
+from sau.defense.base import ENOUGH, AdversarialTraining, Defense, is_published
 from sau.defense.checks import has_batch_norm
 from sau.evaluate import AT_ONCE_ON_CPU
 from sau.graphs import fixed_norms, frozen_forward
 from sau.models.normalized import copied
-from sau.pgd import PATCHES_HELP, SharedPatches, unsettled
+from sau.pgd import PATCHES_HELP, WARPS_HELP, SharedPatches, SharedWarps
 from sau.types import Batched, Change, Flags, Labels, Logits, PerImage, Pixels, Scalar
 
 Network = Callable[[Tensor], Tensor]
+BATCH_MULTIPLE = 32
 
 
 def jensen_shannon(z: Logits, z_ref: Logits) -> PerImage:
@@ -62,13 +63,20 @@ def example_types(answer: Labels, answer_ref: Labels, y: Labels) -> Labels:
     return torch.where(answer == answer_ref, 1, torch.where(answer_ref == y, 2, 3)) * (answer != y)
 
 
+def unsettled(settled: Flags) -> Tensor:
+    """Places [M] of the images that are not settled, and of some that are, so that M is a multiple of 32, or all:
+    every new batch size costs the convolutions a set-up."""
+    size = -(-int((~settled).sum()) // BATCH_MULTIPLE) * BATCH_MULTIPLE
+    return settled.to(torch.uint8).argsort(stable=True)[:size]
+
+
 class SAU(AdversarialTraining):
     """Unlearn the adversarial examples that fool the backdoored and the purified network alike."""
 
     name = "sau"
     graph_safe = True
     unread = ("lr_scheduler", "amp")
-    later = ("patches", "clamp_loss", "distill")
+    later = ("patches", "clamp_loss", "distill", "warps")
 
     outer_steps: int = param(1, "weight updates a batch, all from the same perturbations", ge=1)
     weight_clean: float = param(1.0, "l1, lambda_1 of the paper: the clean loss", ge=0, aliases=("lmd_1",))
@@ -78,6 +86,7 @@ class SAU(AdversarialTraining):
     inner_adv: float = param(0.01, "l3, lambda_3 of the paper: both networks err", ge=0, aliases=("beta_1",))
     inner_shared: float = param(1.0, "l4, lambda_4 of the paper: they err alike", ge=0, aliases=("beta_2",))
     patches: float = param(0.0, PATCHES_HELP, ge=0, lt=1)
+    warps: float = param(0.0, WARPS_HELP, ge=0, lt=1)
     train_mode: bool = param(False, "use batch statistics, and update the running ones, in the outer step")
     success: Literal["prediction", "label"] = param(
         "prediction", "fooled: the answer differs from the clean one (prediction, as released) or the label (paper)"
@@ -90,30 +99,40 @@ class SAU(AdversarialTraining):
         True, "as released: the shared loss has no gradient where p_s is below 0.001 or 1 - p_s far below 1e-6"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("warps", self.patches + self.warps < 1, "below 1 together with patches")
+
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """For PreAct-ResNet18 also a quarter of that rate, l2 2, the exact loss, whose gradient does not fade, and a
         patch on half of the images. On other networks most images get a patch, and twice as many updates half the rate;
-        with batch norm x + e also teaches its label."""
+        with batch norm x + e also teaches its label. Few images do not teach such a network what it knows, so most of
+        their labels are h_b's; as WaNet would stay then, a fifth of them is warped."""
         found: SAU = super().adapted(model, images, per_epoch)
         if found is self:
             return self
         if is_published(model):
             return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
         weight_adv = 0.3 if has_batch_norm(model) else self.weight_adv
-        return replace(found, weight_adv=weight_adv, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
+        longer = replace(found, weight_adv=weight_adv, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
+        return replace(longer, patches=0.65, warps=0.2, distill=0.8) if images < ENOUGH else longer
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copied(model).eval().requires_grad_(False)
         descent = self.descent(model.parameters(), len(batches) * self.outer_steps)
         state = {"model": model.eval(), "_reference": reference, "descent": descent, **frozen_forward(model)}
-        return {**state, **self.start_patches(reference, batches)}
+        return {**state, **self.start_shared(reference, batches)}
 
-    def start_patches(self, reference: nn.Module, batches: Batched) -> dict[str, Any]:
-        """The patches and what moves them, where some images get one."""
-        if not self.patches:
-            return {}
-        patches = SharedPatches(reference, *first_batch(batches))
-        return {"patches": patches, "patch_descent": patches.descent()}
+    def start_shared(self, reference: nn.Module, batches: Batched) -> dict[str, Any]:
+        """The patches, the warps and what moves them, where some images get one."""
+        state: dict[str, Any] = {}
+        if self.patches:
+            patches = SharedPatches(reference, *first_batch(batches))
+            state |= {"patches": patches, "patch_descent": patches.descent()}
+        if self.warps:
+            warps = SharedWarps(reference, *first_batch(batches))
+            state |= {"warps": warps, "warp_descent": warps.descent()}
+        return state
 
     def supports_microbatch(self) -> bool:
         return self.outer_steps == 1
@@ -152,14 +171,18 @@ class SAU(AdversarialTraining):
     def search(
         self, state: dict[str, Any], x: Pixels, y: Labels, clean: Labels, clean_ref: Labels
     ) -> tuple[Change, Labels]:
-        """e and s of `shared_pgd`; the first images, as many as `patches` says, have e from a patch instead."""
-        model, reference, n = state.get("frozen", state["model"]), state["_reference"], int(self.patches * len(x))
+        """e and s of `shared_pgd`; the first images, as many as `patches` and `warps` say, have e from these."""
+        model, reference = state.get("frozen", state["model"]), state["_reference"]
+        patched, warped = (int(share * len(x)) for share in (self.patches, self.warps))
+        n = patched + warped
         delta, s = self.shared_pgd(model, reference, x[n:], y[n:], clean[n:], clean_ref[n:])
         if not n:
             return delta, s
-        stamped = state["patches"].ascend((model, reference), state["patch_descent"], x[:n])
+        moving = (("patches", "patch_descent", x[:patched]), ("warps", "warp_descent", x[patched:n]))
+        shared = [state[kind].ascend((model, reference), state[how], part) for kind, how, part in moving if len(part)]
         with torch.no_grad():
-            return torch.cat([stamped - x[:n], delta]), torch.cat([reference(stamped).argmax(1), s])
+            answers = reference(changed := torch.cat(shared)).argmax(1)
+        return torch.cat([changed - x[:n], delta]), torch.cat([answers, s])
 
     def shared_pgd(
         self, model: Network, reference: Network, x: Pixels, y: Labels, clean: Labels, clean_ref: Labels

@@ -90,7 +90,7 @@ class SAUSAM(TrainingDefense):
         # Each weight of a smaller network has a larger share of e_w.
         sam = FTSAM(rho=self.rho * size_factor(model))
         sau = SAU(**{name: self.params()[name] for name in ("eps", "adv_lr", "adv_steps", "pgd_init", "patches")})
-        state = {"_reference": reference, "_sam": sam, "_sau": sau, **sau.start_patches(reference, batches)}
+        state = {"_reference": reference, "_sam": sam, "_sau": sau, **sau.start_shared(reference, batches)}
         return {**super().prepare(model, batches), **state}
 
     def train(self, state: dict[str, Any], batches: Batched, session: RunContext) -> None:
