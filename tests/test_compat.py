@@ -261,7 +261,6 @@ def test_wrong_images(refused, toy_content, tmp_path):
 
 def bench_load(root: Path, name: str) -> dict[str, Any]:
     """What BackdoorBench's loader asks of `root/record/name`, from backdoorbench-files.md; run with `root` as cwd.
-
     Returns the weights as its position-by-position renaming leaves them, and for each part samples and indices."""
     path = root / "record" / name / RESULT
     with zipfile.ZipFile(path) as archive:

@@ -24,7 +24,6 @@ EPOCHS, SIZE = 3, 8
 
 class Experiment:
     """A training run with everything that must survive: momentum, a schedule, batch norm, noise from torch's generator.
-
     `stop` names the place of an interruption: ("before", n) or ("after", n) the n-th update, ("end_epoch", e) or
     ("on_epoch", e)."""
 

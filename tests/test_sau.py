@@ -167,7 +167,6 @@ def kept(monkeypatch: pytest.MonkeyPatch, cls: type, name: str) -> list[Any]:
 )
 def test_equals_the_release_in_float64(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Perturbations bit by bit; losses, weights and statistics up to the rounding of sums in another order.
-
     L1 and L2 shrink by a quotient of sums, so there the last bit may differ as well."""
     options: dict[str, Any] = {"lr": LR, **CASES[case]}
     ours = SAU(**{OURS.get(name, name): value for name, value in options.items()})
@@ -203,7 +202,6 @@ def test_answers_belong_to_the_perturbations(options: dict[str, Any]) -> None:
 
 def test_all_shared_ends_the_search() -> None:
     """m = 0.4 + 0.2 lies beyond both edges, so everything is shared before the first step.
-
     h: clean, one step, outer. h_b: clean, one step; its answers on the examples are then known."""
     method = SAU()
     state = lines(method, 0.5, 0.5)
@@ -218,7 +216,6 @@ def test_all_shared_ends_the_search() -> None:
 @pytest.mark.parametrize(("multiple", "left"), [(1, 3), (2, 4), (3, 3), (4, 4), (32, 5)])
 def test_shared_images_leave_the_batch(multiple: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """m = 0.4 is shared from the start and leaves; m = 0.1 cannot reach the edge, so three walk on through all steps.
-
     Some shared ones stay where that makes the batch such a multiple."""
     monkeypatch.setattr("sau.defense.sau.BATCH_MULTIPLE", multiple)
     method = SAU(adv_steps=3)
@@ -241,10 +238,8 @@ def test_a_ball_contains_what_lies_in_it_up_to_rounding(norm: Any, values: float
 
 def test_jensen_shannon_by_hand() -> None:
     """p = (1/2, 1/2), q = (3/4, 1/4), m = (5/8, 3/8):
-
     JS = 1/2 [1/2 ln 4/5 + 1/2 ln 4/3] + 1/2 [3/4 ln 6/5 + 1/4 ln 2/3]
        = 1/2 [-0.1115718 + 0.1438410] + 1/2 [0.1367412 - 0.1013663] = 0.0161346 + 0.0176875 = 0.0338221
-
     Equal distributions are 0 apart, disjoint ones ln 2; the clamp keeps the latter finite. Of p = (1 - 1e-10, 1e-10)
     the small entry counts as 1e-8; with q = (1 - 1e-6, 1e-6), so m_2 = 5.05e-7,
     2 JS = [5e-7 + 1e-8 ln(1e-8 / 5.05e-7)] + [-5e-7 + 1e-6 ln(1e-6 / 5.05e-7)] = -3.922e-8 + 6.832e-7 = 6.440e-7."""
@@ -259,7 +254,6 @@ def test_jensen_shannon_by_hand() -> None:
 
 def test_unsharing_loss_by_hand() -> None:
     """p_s = 1/2, 3/4 and 1/4, the last one masked, all others 0: (ln 2 + ln 4) / 3 = 0.6931472, up to 1e-6.
-
     Inside the logarithms 1e-6 is added to 1/2 and to 1/4: (0.6931452 + 1.3862904) / 3 = 0.6931452."""
     p = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.25, 0.5, 0.25]]).double()
     s, mask = torch.tensor([0, 1, 0]), torch.tensor([True, True, False])
@@ -343,7 +337,6 @@ def work(function: Any, x: Tensor, y: Tensor, model: nn.Module) -> float:
 @pytest.mark.parametrize("steps", [2, 5])
 def test_cost_without_leaving(steps: int) -> None:
     """4T + 8 forward passes where nothing is shared: the specified 4T + 7 and h_b's answers on the clean batch.
-
     The release takes 8T + 8. First layers need no gradient of an image in the outer step, hence the small slack."""
     x, y = next(batches(1))
     options = {"adv_steps": steps, "lr": LR, "pgd_init": "zero", "adv_lr": 1e-9, "trigger_norm": 1e-9}
@@ -395,7 +388,6 @@ def test_stop_fooled() -> None:
 
 def test_outer_mask() -> None:
     """h_b answers 1 with and without perturbation, and y = 0: it errs but has not moved.
-
     m = 0.6 + 0.2 gives logits (-3, 3), so the loss is -ln p_0 = ln(1 + e^6) = 6.0025, a little less by the offset."""
     x, y = plain(0.6), torch.zeros(2, dtype=torch.long)
     for mask, expected in (("moved", 0.0), ("wrong", 6.0025)):

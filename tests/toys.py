@@ -137,7 +137,6 @@ def environment(**extra: str) -> dict[str, str]:
 
 def stop_after(words: str, number: signal.Signals, argv: list[str], cwd: Path) -> tuple[int, str]:
     """Start a command and send it a signal when a line of its output begins with `words`.
-
     Returns its status and what it wrote to stderr. A command that does not leave fails the test; the time that it takes
     depends on what else the machine does, so only minutes are too long."""
     # A process started in the background may ignore Ctrl-C and hand that on; the way through this one undoes it.
@@ -194,7 +193,6 @@ def red_corner(x: Tensor) -> Tensor:
 def planted(share: float = 0.05) -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """A network in eval mode whose channel 5, and none of the other 23, answers to a red corner; trained in about a
     second on grey pictures of which `share` have that corner and the label 0.
-
     Returns the network, the pictures it was trained on, clean ones with labels, and those of other classes with the
     trigger, as (pixels, the attack's labels, true labels)."""
     clean = toy_images(300, seed=1)
