@@ -1,5 +1,4 @@
 """Faults at random moments: processes killed, disks full, files spoiled, two processes in one folder.
-
 Each command runs in a process forked from this one, so that nothing is imported twice.
 """
 
