@@ -281,10 +281,10 @@ class SharedWarps(nn.Module):
 
     def warp(self, x: Pixels, chosen: Tensor) -> Pixels:
         """x', each image under the warp of that number."""
-        field = F.interpolate(self.fields[chosen], x.shape[2:], mode="bicubic", align_corners=True).movedim(1, 3)
-        pixel = 2 / torch.tensor([x.shape[3], x.shape[2]], device=x.device)  # a grid is 2 wide and 2 high
+        right, down = F.interpolate(self.fields[chosen], x.shape[2:], mode="bicubic", align_corners=True).unbind(1)
         same = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
-        grid = F.affine_grid(same, list(x.shape), align_corners=False) + pixel * field
+        grid = F.affine_grid(same, list(x.shape), align_corners=False)  # which is 2 wide and 2 high
+        grid = grid + torch.stack([2 / x.shape[3] * right, 2 / x.shape[2] * down], 3)
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
     def ascend(self, networks: Sequence[Callable[[Tensor], Tensor]], descent: Descent, x: Pixels) -> Pixels:

@@ -8,7 +8,7 @@ the code h is `model`, h_b `reference` and e `delta`:
 
 An example is shared (type I) if both networks answer the same wrong class; the outer problem makes h either right on it
 or wrong in another way than h_b. These are the paper's formulas; `success`, `stop_fooled`, `clip_pixels`, `outer_mask`
-and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`,
+and `clamp_loss` are where its released code departs from them, and stand as released. Not in the paper are `patches`
 and `warps`, where some x + e are x under one patch or warp for all images, `weight_adv`, the weight of CE(h(x+e), y) in
 the outer loss, and `distill`, the share of q(x) in the labels of its first term.
 """
