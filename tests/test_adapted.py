@@ -57,10 +57,9 @@ def test_the_rate_follows_from_the_weights() -> None:
 
 def test_most_images_get_a_patch_where_published_settings_do_not_hold() -> None:
     plain = nn.Conv2d(3, 4, 3)
-    for net, weight in ((nn.Sequential(plain, nn.BatchNorm2d(4)), 0.3), (nn.Sequential(plain), 0.0)):
-        few, enough = (SAU().adapted(net, count) for count in (1899, 1900))
-        assert (few.patches, few.warps, few.distill, few.weight_adv, few.pgd_init) == (0.65, 0.2, 0.8, weight, "max")
-        assert replace(few, patches=0.8, warps=0.0, distill=0.0, augment=False) == replace(enough, epochs=few.epochs)
+    for count, expected in ((1899, (0.65, 0.2, 0.8, 0.3)), (1900, (0.8, 0, 0, 0.3)), (100, (0.8, 0, 0, 0))):
+        found = SAU().adapted(nn.Sequential(plain, *[nn.BatchNorm2d(4)] * (count > 100)), count)
+        assert (found.patches, found.warps, found.distill, found.weight_adv, found.pgd_init) == (*expected, "max")
     few, enough = (SAU().adapted(PreActResNet18(10, 4), count) for count in (1899, 1900))
     assert (few.patches, few.epochs, few.lr, few.weight_shared, few.clamp_loss) == (0.5, 7, 7.5e-4, 2.0, False)
     assert enough == SAU()

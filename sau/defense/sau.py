@@ -106,16 +106,18 @@ class SAU(AdversarialTraining):
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Defense:
         """For PreAct-ResNet18 also a quarter of that rate, l2 2, the exact loss, whose gradient does not fade, and a
         patch on half of the images. On other networks most images get a patch, and twice as many updates half the rate;
-        with batch norm x + e also teaches its label. Few images do not teach such a network what it knows, so most of
-        their labels are h_b's; as WaNet would stay then, a fifth of them is warped."""
+        with batch norm x + e also teaches its label. There, few images would not teach again what h_b knows, so most of
+        their labels are its own; as WaNet would stay then, a fifth of them is warped."""
         found: SAU = super().adapted(model, images, per_epoch)
         if found is self:
             return self
         if is_published(model):
             return replace(found, lr=found.lr / 4, weight_shared=2.0, clamp_loss=False, patches=0.5)
-        weight_adv = 0.3 if has_batch_norm(model) else self.weight_adv
-        longer = replace(found, weight_adv=weight_adv, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
-        return replace(longer, patches=0.65, warps=0.2, distill=0.8) if images < ENOUGH else longer
+        longer = replace(found, patches=0.8, epochs=2 * found.epochs, lr=found.lr / 2)
+        if not has_batch_norm(model):
+            return longer
+        few: dict[str, Any] = {"patches": 0.65, "warps": 0.2, "distill": 0.8} if images < ENOUGH else {}
+        return replace(longer, weight_adv=0.3, **few)
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         reference = copied(model).eval().requires_grad_(False)
