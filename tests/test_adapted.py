@@ -128,7 +128,7 @@ def first_line(method: Any, images: Any = None, **how: Any) -> str:
     (FT(), 143, 0.97, True), (SAU(), 143, 0.97, True),
 ])  # fmt: skip
 def test_the_first_line_says_that_images_are_few(method: Any, images: int, right: float, few: bool) -> None:
-    """100 to 1,000 images of CIFAR-10 cost other networks up to 15 points of accuracy (docs/results/own_networks.md)."""
+    """100 to 1,000 images of CIFAR-10 cost other networks up to 15 points of ACC (docs/results/own_networks.md)."""
     assert ("which are few" in method.plan(images, [None], right)) == few
 
 
