@@ -272,7 +272,7 @@ class SharedWarps(nn.Module):
         for _ in range(STEPS * count):
             self.ascend([network], descent, x)
         with torch.no_grad():
-            led = [network(self.warp(x, 0 * y + i)).argmax(1) == c for i, c in enumerate(self.classes)]
+            led = [network(self.warp(x, torch.full_like(y, i))).argmax(1) == c for i, c in enumerate(self.classes)]
         shares = torch.stack(led).float().mean(1).clamp_min(0.01) ** 4
         self.ends.copy_((shares / shares.sum()).cumsum(0))
 
