@@ -46,7 +46,7 @@ def param(default: Any, help: str = "", *, aliases: tuple[str, ...] = (), **boun
 
 
 def at_most(bound: float) -> str:
-    """The largest number of four digits that is not above `bound`, which is above 0."""
+    """The largest number of four digits that is not above `bound`, which is 0 or more."""
     return f"{float(Context(4, ROUND_DOWN).create_decimal(str(bound))):g}"
 
 

@@ -34,8 +34,7 @@ class BPP(AugmentedInBatchAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = self.pratio + self.neg_ratio <= 1
-        self.require("pratio", fits, f"up to {at_most(1 - self.neg_ratio)}" if self.neg_ratio < 1 else "0")
+        self.require("pratio", self.pratio + self.neg_ratio <= 1, f"up to {at_most(1 - self.neg_ratio)}")
 
     def stamp(self, x: Pixels, *, test: bool = False) -> Pixels:
         """q(x), with the gradient of x, for that of rounding is 0."""
