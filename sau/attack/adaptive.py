@@ -9,7 +9,6 @@ Of the training images round(pratio N) are stamped and relabelled. round(cover_r
 and keep their label, so that the features of poisoned images do not stand apart.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -45,10 +44,9 @@ class AdaptiveAttack(Attack):
         left = f"at most {(len(rows) - count) / len(images):.6g}, what {count} poisoned images leave"
         self.require("cover_rate", len(rows) == both, left)
         stamped = self.poison(images, rows)
-        cover = torch.arange(len(rows), device=rows.device) >= count
-        labels = torch.where(cover, images.labels[rows], stamped.labels)
-        role = stamped.role.masked_fill(cover, CROSS)
-        return images.replace_rows(replace(stamped, labels=labels, role=role), rows)
+        stamped.labels[count:] = images.labels[rows[count:]]
+        stamped.role[count:] = CROSS
+        return images.replace_rows(stamped, rows)
 
     def describe(self, trained_on: Images, batch_size: int) -> str:
         covers = int((trained_on.role == CROSS).sum())
