@@ -15,6 +15,7 @@ clean images finds nothing left to change. SAM, which the paper adds in the atta
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -66,16 +67,14 @@ class Anchor(nn.Module):
     def measure(self, model: nn.Module, images: Loader) -> None:
         """F over the first `IMAGES` of these batches, image by image, in eval mode."""
         weights, count = trainable(model), 0
+        pairs = (pair for x, y in images for pair in zip(x[:, None], y, strict=True))
         with eval_mode(model), torch.compiler.set_stance("force_eager"):
-            for x, y in images:
-                for one, label in zip(x[: IMAGES - count, None], y, strict=False):
-                    log_p = F.log_softmax(model(one).float(), 1)[0, label]
-                    gradients = torch.autograd.grad(log_p, weights, materialize_grads=True)
-                    for total, gradient in zip(self.importance, gradients, strict=True):
-                        total += log_p.detach().exp() * gradient**2
-                    count += 1
-                if count == IMAGES:
-                    break
+            for one, label in islice(pairs, IMAGES):
+                log_p = F.log_softmax(model(one).float(), 1)[0, label]
+                gradients = torch.autograd.grad(log_p, weights, materialize_grads=True)
+                for total, gradient in zip(self.importance, gradients, strict=True):
+                    total += log_p.detach().exp() * gradient**2
+                count += 1
         for total in self.importance:
             total /= count
 
