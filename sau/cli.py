@@ -97,7 +97,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     folder = run.save_folder_name or time.strftime(f"%Y%m%d_%H%M%S_{name}")
     record = Record(safe_join(run.record_root, folder), started)
     train, test = sources.load(dataset, run.dataset_path, run.img_size)
-    notes = [note] if (note := sources.subset_note(dataset, train, test)) else []
+    notes = sources.subset_note(dataset, train, test)
     data = {"dataset": dataset, "train": sources.fingerprint(train), "test": sources.fingerprint(test)}
     train, test = train.to(device), test.to(device)
     # `build` refuses the flag where a network has no width; a file of settings may be for several networks.

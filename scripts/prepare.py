@@ -40,7 +40,7 @@ def main() -> None:
         train, test = load(name, asked.dataset_path, asked.img_size)
         heads = [name, "images", "shape", "classes", "a class has", "fingerprint (SHA-256)"]
         print(markdown(heads, [row("training", train), row("test", test)]), flush=True)
-        if note := subset_note(name, train, test):
+        for note in subset_note(name, train, test):
             print(f"note: {note}\n", flush=True)
 
 

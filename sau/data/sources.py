@@ -92,13 +92,13 @@ def load(name: str, root: str | Path = DATA_FOLDER, img_size: int | None = None)
     return origin.read(Path(root), size)
 
 
-def subset_note(name: str, train: Images, test: Images) -> str | None:
-    """One line if a data set is not the whole official one; None if it is, or if there is no official one."""
+def subset_note(name: str, train: Images, test: Images) -> list[str]:
+    """A line if a data set is not the whole official one; none if it is, or if there is no official one."""
     whole = OFFICIAL.get(name)
     if whole is None or (len(train) in whole[1] and len(test) == whole[2]):
-        return None
+        return []
     counts = f"{len(train):,} of {whole[1][0]:,} training and {len(test):,} of {whole[2]:,} test images"
-    return f"subset of {name}: {counts}; no figure from it speaks for {name}"
+    return [f"subset of {name}: {counts}; no figure from it speaks for {name}"]
 
 
 def fingerprint(images: Images) -> str:

@@ -79,7 +79,7 @@ class AttackResult:
         if not download and readers.needs_download(self.dataset, Path(place)):
             raise DataError(f"there is no {self.dataset} under {place}; give its --dataset_path")
         every = sources.load(self.dataset, place, self.network["shape"][1])
-        notes = [note] if (note := sources.subset_note(self.dataset, *every)) else []
+        notes = sources.subset_note(self.dataset, *every)
         marks = dict(zip(("train", "test"), map(sources.fingerprint, every), strict=True))
         same, seen = self.fingerprints in (None, marks), list[Images]()
         parts = zip(("training", "test"), every, self.lengths, (self.poisoned, self.triggered), strict=True)
