@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sau.errors import lacks_memory
+from sau.errors import lacks_memory, require
 from sau.models.normalized import at_least_fp32
 from sau.optim import Descent, adam
 from sau.types import Change, Flags, Labels, PerImage, Pixels
@@ -26,7 +26,6 @@ PATCH_SUCCESS = 0.9  # share of the images of other classes that such a patch mu
 SUSPICIOUS = 0.5  # of the typical size: a patch below it is a backdoor's
 MAX_PATCH_AREA = 1 / 8  # of the image, which shared patches cover at most
 Patches = tuple[Tensor, Tensor, Tensor]  # of K classes: masks [K, 1, H, W], patterns [K, C, H, W], |m|_1 in pixels [K]
-RADII = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +78,10 @@ def pgd(
     return e.detach()
 
 
-def is_radius(eps: float, norm: Norm) -> bool:
-    """Whether `eps` is a radius, or a step, as `RADII` has it: an L_inf ball of 1 and more holds every image."""
-    return eps > 0 and (norm != "L_inf" or eps < 1)
+def require_radius(name: str, value: float, norm: Norm) -> None:
+    """ConfigError unless the value is a radius of a ball, or a step: an L_inf ball of 1 and more holds every image."""
+    allowed = "above 0 and, in L_inf, below 1, for pixels are in [0, 1]: 8 / 255, not 8"
+    require(name, value, value > 0 and (norm != "L_inf" or value < 1), allowed)
 
 
 def project(e: Change, norm: Norm, eps: float) -> Change:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sau.data.images import Images, evenly_spaced
-from sau.errors import require
-from sau.pgd import RADII, is_radius
+from sau.pgd import require_radius
 from sau.types import Bytes
 
 RADIUS = 0.2  # of the L-infinity ball that SAU searches, in [0, 1] pixels
@@ -32,7 +31,7 @@ def quality(clean: Bytes, triggered: Bytes, radius: float = RADIUS) -> dict[str,
         l2: mean L2 norm of the change of an image, in [0, 1] pixels.
         unchanged, in_ball: percentage of images that the trigger does not change, and changes by at most `radius`.
     """
-    require("radius", radius, is_radius(radius, "L_inf"), RADII)
+    require_radius("radius", radius, "L_inf")
     largest, errors = [], []
     for x, g in zip(clean.split(1000), triggered.split(1000), strict=True):
         change = (g.int() - x.int()).flatten(1).double() / 255

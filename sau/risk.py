@@ -34,10 +34,10 @@ from sau.config import check, param
 from sau.data.batches import seeded
 from sau.data.images import Images, paired, sample, to_float
 from sau.defense.sau import SAU, example_types, unsettled
-from sau.errors import DataError, require
+from sau.errors import DataError
 from sau.evaluate import Proportion, figures, predict
 from sau.models.normalized import check_labels, check_logits, eval_mode, grad_enabled, logits_of
-from sau.pgd import RADII, Ball, Bounded, is_radius, length, pgd
+from sau.pgd import Ball, Bounded, length, pgd, require_radius
 from sau.types import Change, Flags, Labels, Logits, PerImage, Pixels
 
 BATCH = 256  # images a pass
@@ -57,8 +57,8 @@ class Search:
     def __post_init__(self) -> None:
         check(self, " of the risks' search")
         for name in ("eps", "step_size"):
-            value = getattr(self, name)
-            require(f"{name} of the risks' search", value, value is None or is_radius(value, self.norm), RADII)
+            if (value := getattr(self, name)) is not None:
+                require_radius(f"{name} of the risks' search", value, self.norm)
 
     @property
     def ball(self) -> Ball:

@@ -23,7 +23,7 @@ from sau.loop import RunContext
 from sau.models import Normalized, PreActResNet18
 from sau.models.normalized import grad_enabled, statistics
 from sau.optim import Method, Optimizer, Schedule, Training
-from sau.pgd import INIT_HELP, RADII, Ball, Init, Norm, is_radius
+from sau.pgd import INIT_HELP, Ball, Init, Norm, require_radius
 from sau.types import Batched, Labels, Loader, Pixels
 
 PUBLISHED = 2500  # clean images that published settings were made for, 5 % of CIFAR-10
@@ -257,7 +257,7 @@ class AdversarialTraining(TrainingDefense):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "adv_lr"):
-            self.require(name, is_radius(getattr(self, name), self.norm), RADII)
+            require_radius(name, getattr(self, name), self.norm)
 
     def adapted(self, model: nn.Module, images: int, per_epoch: int | None = None) -> Any:
         """For another network or fewer than 1,900 images: 250 updates in batches of at least 32, at a rate that follows

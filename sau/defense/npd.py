@@ -30,7 +30,7 @@ from sau.errors import ConfigError
 from sau.loop import RunContext
 from sau.models.normalized import resolve_layer
 from sau.optim import Training
-from sau.pgd import RADII, Ball, Norm, is_radius, pgd
+from sau.pgd import Ball, Norm, pgd, require_radius
 from sau.types import Batched, Change, Labels, Logits, PerImage, Pixels, Scalar
 
 MARK = ".polarizer.weight"  # ends the state-dict key that only a network with a polarizer has
@@ -67,7 +67,7 @@ class NPD(TrainingDefense):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "adv_lr"):
-            self.require(name, is_radius(getattr(self, name), self.norm), RADII)
+            require_radius(name, getattr(self, name), self.norm)
 
     def run(self, model: nn.Module, batches: Batched, session: RunContext) -> None:
         model.eval().requires_grad_(False)
