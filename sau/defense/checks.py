@@ -12,7 +12,7 @@ if only on a part of the images, keeps its patch far smaller than those of the o
 """
 
 import math
-import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -96,15 +96,12 @@ def check_gradients(method: Any, model: nn.Module, x: Pixels) -> bool:
 
 def search_seconds(model: nn.Module, x: Pixels) -> float:
     """About what the verdict's searches take, where a gradient takes as long as a pass."""
-    times = list[float]()
+    few = x[:8]
     with torch.no_grad():
-        for _ in range(5):  # the first pass also sets the device up, and some wait for other programs
-            started = time.monotonic()
-            logits = model(x[:8])
-            float(logits.sum())  # waits for it
-            times.append(time.monotonic() - started)
-    passes = 2 * STEPS * min(CLASSES, logits.shape[1]) * min(SEARCH_IMAGES, len(x))
-    return passes * min(times) / len(logits)
+        classes = model(few).shape[1]  # this pass also sets the device up
+        times = timeit.repeat(lambda: float(model(few).sum()), number=1, repeat=4)  # the number waits for the device
+    passes = 2 * STEPS * min(CLASSES, classes) * min(SEARCH_IMAGES, len(x))
+    return passes * min(times) / len(few)  # some waited for other programs
 
 
 def check_cost(
