@@ -64,8 +64,8 @@ class RNP(MaskPruning):
             logits = masked_logits(unlearned, norms, x, mask)
             return {"loss": self.alpha * F.cross_entropy(logits, y), "clean_acc": batch_accuracy(logits, y)}
 
-        session, how = session.for_stage(1), {"label": "recovering", "rate": "recovering_lr"}
-        return learn_masks(norms, losses, batches, sgd, session, **how, unlearned=unlearned)
+        later = session.for_stage(1)
+        return learn_masks(norms, losses, batches, sgd, later, "recovering", "recovering_lr", unlearned=unlearned)
 
     def unlearn(self, unlearned: nn.Module, batches: Batched, session: RunContext) -> None:
         """Gradient ascent in place, until an epoch's accuracy is at most the threshold."""
