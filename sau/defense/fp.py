@@ -58,8 +58,8 @@ class FP(TrainingDefense):
             step = max(1, math.ceil(units * self.once_prune_ratio - 1e-9))
             counts = range(step, units, step)
             levels = [pruning.PruningLevel(f"{n} of {units}, {self.unit}", {name: rank < n}) for n in counts]
-            chosen = pruning.choose(model, levels, held, self.acc_ratio, session, by_asr=False)
-            pruned.copy_(chosen.pruned[name] if chosen else rank < 0)
+            if chosen := pruning.choose(model, levels, held, self.acc_ratio, session, by_asr=False):
+                pruned.copy_(chosen.pruned[name])
         level = pruning.PruningLevel(self.unit, {name: pruned})
         state = {**self.prepare(model, batches), "pruned": nn.ParameterList([pruned])}
         # Every update moves the pruned weights, too.
