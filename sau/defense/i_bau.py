@@ -13,6 +13,7 @@ d* moves with w. It is the fixed point of F(d, w) = d - r * grad_d l_in(d, w), s
 and K rounds of the equation for v, from v = 0, come close to its solution.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sau.config import param
-from sau.data.batches import to_device_async
+from sau.data.batches import first_batch, to_device_async
 from sau.defense.base import TrainingDefense
 from sau.loop import RunContext
 from sau.models.normalized import full_precision
@@ -64,8 +65,8 @@ class IBAU(TrainingDefense):
 
     def prepare(self, model: nn.Module, batches: Batched) -> dict[str, Any]:
         """With `delta`, the perturbation [1, C, H, W] of the round, and `done`, how many batches of all rounds are."""
-        delta, done = torch.zeros_like(next(iter(batches))[0][:1]), torch.zeros((), dtype=torch.int64)
-        kept = nn.ParameterDict({name: nn.Parameter(t, False) for name, t in (("delta", delta), ("done", done))})
+        delta, done = torch.zeros_like(first_batch(batches)[0][:1]), torch.zeros((), dtype=torch.int64)
+        kept = nn.ParameterDict({"delta": nn.Parameter(delta, False), "done": nn.Parameter(done, False)})
         return {**super().prepare(model, batches), "model": model.eval(), "_batches": batches, "universal": kept}
 
     def step(self, state: dict[str, Any], x: Pixels, y: Labels) -> dict[str, Tensor]:
@@ -96,9 +97,9 @@ class IBAU(TrainingDefense):
         std = getattr(model, "std", None) if self.space == "normalised" else None
         return delta if std is None else delta * std
 
-    def inner_pass(self, model: nn.Module, batches: Batched) -> Tensor:
+    def inner_pass(self, model: nn.Module, batches: Sequence[Labelled]) -> Tensor:
         """One pass of plain descent on l_in, from zero, with the network's own predictions as labels."""
-        delta = torch.zeros_like(next(iter(batches))[0][:1])
+        delta = torch.zeros_like(batches[0][0][:1])
         for x, _ in batches:
             with torch.no_grad():
                 predictions = model(x).argmax(1)
