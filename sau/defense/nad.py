@@ -124,12 +124,14 @@ def attention_layers(model: nn.Module, x: Pixels, wanted: Sequence[str] = ()) ->
     names = [resolve_layer(model, name, "give --layers with feature maps [B, C, H, W]") for name in wanted]
     if without := [name for name in names if name not in sizes]:
         raise ConfigError(f"the layer {without[0]} has no feature maps [B, C, H, W]; give other --layers")
+    if names:
+        return names
     ends: dict[torch.Size, str] = {}
     for name, size in sizes.items():
         outermost = name.count(".") <= ends.get(size, name).count(".")
         if size.numel() > 1 and outermost and not isinstance(layers[name], POOLINGS):
             ends[size] = name
-    if not ends and not names:
+    if not ends:
         raise ConfigError("the network has no layer with feature maps [B, C, H, W], which nad distils; try ft or sau")
     deep = sorted(ends, key=torch.Size.numel)[:2]
-    return names or [ends[size] for size in reversed(deep)]
+    return [ends[size] for size in reversed(deep)]
