@@ -161,7 +161,7 @@ def run(
         text = "  ".join(f"{name} {short(value)}" for name, value in figures.items() if value is not None)
         session.say(f"{label} {epoch + 1}/{epochs}  {text}  {time.monotonic() - started:.1f} s")
         progress.place = _Place(epochs if ended else epoch + 1)
-        progress.save(None if progress.due() or progress.place.epoch == epochs else LARGE)
+        progress.save(only_small=not progress.due() and progress.place.epoch < epochs)
     set_rng_state(progress.rng)  # a run that was resumed at its end drew nothing
 
 
@@ -229,14 +229,14 @@ class _Progress:
             seconds = left * (self.step_times[-1] - self.step_times[0]) / FORECAST_STEPS + self.session.other_seconds
             self.session.say(f"forecast: about {duration(seconds)} to the end of {self.label} {self.epochs}")
 
-    def save(self, below: int | None = None) -> None:
-        """Refuse a broken loss or weight; write a checkpoint, of networks of fewer bytes than `below`."""
+    def save(self, only_small: bool = False) -> None:
+        """Refuse a broken loss or weight; write a checkpoint, unless it is large and `only_small` ones are due."""
         self._refuse_broken()
         if self.session.checkpoint is None:
             return
         objects = {name: thing.state_dict() for name, thing in self.state.items() if hasattr(thing, "state_dict")}
         networks = [objects[name] for name, thing in self.state.items() if isinstance(thing, nn.Module)]
-        if below is None or sum(tensor.nbytes for each in networks for tensor in each.values()) < below:
+        if not only_small or sum(tensor.nbytes for each in networks for tensor in each.values()) < LARGE:
             place = {"stage": self.session.stage, "place": vars(self.place), "objects": objects}
             self.session.checkpoint.save({**place, "begin": self.epoch_rng, "now": self.rng})
             self.saved = time.monotonic()
