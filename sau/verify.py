@@ -1,9 +1,9 @@
 """Whether a result folder is whole: every file has the sum in the manifest, and the figures come out again."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -49,7 +49,7 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
         model.amp = amp
         return score(model.to(where), test, triggered)
 
-    checks = [_check("files", lambda: _files(path))]
+    checks = [_check("files", _files, path)]
     if checks[0].state != "ok":
         return checks
     if kind == OWN:
@@ -57,22 +57,22 @@ def verify(path: Path, dataset_path: str | None = None, device: torch.device | N
     checks.append(_check("data", lambda: f"{attacked()[0].dataset} as the attack saw it"))
     if checks[-1].state != "ok":
         return checks
-    checks.append(_check("figures", lambda: _figures(path, {"": path}, measured)))
+    checks.append(_check("figures", _figures, path, {"": path}, measured))
     for folder in sorted(folder for folder in (path / "defense").glob("*") if folder.is_dir()):
         if (folder / CONFIG).exists() and not Record(folder).finished and not (folder / SUMMARY).exists():
             checks.append(Check(folder.name, "not checked", "it is unfinished; repeat its command to go on"))
             continue
-        checks.append(_check(f"{folder.name}: files", partial(_files, folder)))
+        checks.append(_check(f"{folder.name}: files", _files, folder))
         if checks[-1].state == "ok":
             parts = {"before": path, "after": folder}
-            checks.append(_check(f"{folder.name}: figures", partial(_figures, folder, parts, measured)))
+            checks.append(_check(f"{folder.name}: figures", _figures, folder, parts, measured))
     return checks
 
 
-def _check(name: str, work: Callable[[], str]) -> Check:
-    """The outcome of `work`, which returns a text or raises."""
+def _check(name: str, work: Callable[..., str], *given: Any) -> Check:
+    """The outcome of `work(*given)`, which returns a text or raises."""
     try:
-        return Check(name, "ok", work())
+        return Check(name, "ok", work(*given))
     except SauError as error:
         return Check(name, "not checked" if isinstance(error, DataError) else "wrong", str(error))
     except MALFORMED as error:
@@ -87,8 +87,7 @@ def _files(folder: Path) -> str:
 def _figures(folder: Path, parts: dict[str, Path], measured: Callable[[Path, bool], Score]) -> str:
     """Compare the summary's `parts` with the score of the network in each one's folder; RecordError names the figure
     that differs."""
-    record = Record(folder)
-    summary, amp = record.summary(), bool(record.check(light=True).get("amp"))
+    summary, amp = Record(folder).summary(), bool(read_config(folder / CONFIG).get("amp"))
     texts, recorded = list[str](), dict[str, Score]()
     for part, place in parts.items():
         figures = summary[part] if part else summary
