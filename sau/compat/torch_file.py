@@ -74,18 +74,20 @@ def _scalar(kind: Any, content: Any) -> Any:
     return Inert() if kind.dtype is None else np.frombuffer(content, kind.dtype)[0].item()
 
 
-_INERT = """
-argparse.Namespace builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
-datetime.date datetime.datetime datetime.timedelta torch.torch_version.TorchVersion types.SimpleNamespace
-""".split()
-_PATHS = "PosixPath PurePosixPath WindowsPath PureWindowsPath".split()
-# The second module is that of Python 3.13.
-_INERT += [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS]
-_ARRAYS = "numpy.ndarray numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct".split()
-_SCALARS = "numpy.core.multiarray.scalar numpy._core.multiarray.scalar".split()
-ALLOWED: list[Any] = [*((Inert, name) for name in _INERT), *((Array, name) for name in _ARRAYS)]
-ALLOWED += [*((_scalar, name) for name in _SCALARS), (_Type, "numpy.dtype")]
-ALLOWED += [(lambda *args: {}, "collections.defaultdict")]  # its items follow
+# Stand-ins, each for these names; pathlib's second module is that of Python 3.13.
+_STAND_INS: dict[Any, str] = {
+    Inert: """
+        argparse.Namespace builtins.dict builtins.float builtins.int builtins.list builtins.str builtins.slice
+        datetime.date datetime.datetime datetime.timedelta torch.torch_version.TorchVersion types.SimpleNamespace
+        pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib.PureWindowsPath
+        pathlib._local.PosixPath pathlib._local.PurePosixPath pathlib._local.WindowsPath pathlib._local.PureWindowsPath
+    """,
+    Array: "numpy.ndarray numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct",
+    _scalar: "numpy.core.multiarray.scalar numpy._core.multiarray.scalar",
+    _Type: "numpy.dtype",
+    (lambda *args: {}): "collections.defaultdict",  # its items follow
+}
+ALLOWED: list[Any] = [(thing, name) for thing, names in _STAND_INS.items() for name in names.split()]
 
 
 def content(path: Path) -> bytes:
