@@ -180,7 +180,7 @@ def network(run: OwnRun, classes: int, found: Weights) -> tuple[nn.Module, str]:
         if not chosen:
             raise RecordError(f"{found.path} has no tensor under {run.model_prefix!r}; sau inspect lists them")
         found = replace(found, tensors=chosen)
-    name, make = run.arch, None
+    name = run.arch
     if ":" in name and not name.startswith(TIMM):
         make = _imported(run)
     elif name != "auto":  # the width is that of the first convolution
