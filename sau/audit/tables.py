@@ -134,7 +134,7 @@ def draw(audits: Sequence[Audit]) -> "Figure":
         steps = _steps(lines)
         for name, line in lines.items():
             places, values = zip(*((place, line[x]) for place, x in enumerate(steps) if x in line), strict=True)
-            means, bars = [value.mean for value in values], [value.std or 0.0 for value in values]
+            means, bars = [value.mean for value in values], [value.std for value in values]
             panel.errorbar(places, means, bars, label=name, markersize=4, linewidth=1.2, elinewidth=0.7, **styles[name])
         panel.set_xticks(range(len(steps)), [f"{x:,}" if isinstance(x, int) else str(x) for x in steps], fontsize=8)
         panel.set_title(textwrap.fill(_title(key), 40), fontsize=9)

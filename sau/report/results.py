@@ -65,9 +65,9 @@ class MeanStd:
         return statistics.mean(self.values)
 
     @property
-    def std(self) -> float | None:
-        """Standard deviation with n - 1; None for one value."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+    def std(self) -> float:
+        """Standard deviation with n - 1; 0 for one value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @property
     def half_interval(self) -> float | None:
@@ -75,7 +75,7 @@ class MeanStd:
         from scipy.special import stdtrit
 
         n = len(self.values)
-        return None if self.std is None or n < 3 else float(stdtrit(n - 1, 0.975)) * self.std / math.sqrt(n)
+        return None if n < 3 else float(stdtrit(n - 1, 0.975)) * self.std / math.sqrt(n)
 
     def text(self, digits: int = 2, interval: bool = False, sign: str = "") -> str:
         """`mean±std` or `mean±half_interval`, which no table breaks; one or two values are listed."""

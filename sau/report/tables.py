@@ -41,7 +41,7 @@ def _row(section: Section, cell: TableCell) -> dict[str, Any]:
     for name in FIGURES:
         figure = cell.figures[name]
         row[name] = None if figure is None else round(figure.mean, 2)
-        row[f"{name}_sd"] = None if figure is None or len(figure.values) < 3 else round(figure.std or 0.0, 2)
+        row[f"{name}_sd"] = None if figure is None or len(figure.values) < 3 else round(figure.std, 2)
         row[f"{name}_values"] = [] if figure is None else [round(value, 2) for value in figure.values]
     return {
         **row, "rank": cell.rank or None, "selection": ("oracle" if cell.oracle else "defender") if defended else None,
