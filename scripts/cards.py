@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sau.config import load_yaml, written
 from sau.report.cells import DEAD, TableCell, sections
 from sau.report.results import NONE, PERCENT, find_results, mean_std, shown
 from sau.report.tables import Row, markdown, mean_row, published
@@ -36,12 +35,10 @@ def cards(args: argparse.Namespace) -> int:
     for kind, table in (("attacks", attack_table), ("defenses", defense_table)):
         for file in sorted((DOCS / kind).glob("*.md")):
             old = file.read_text()
-            if not MEASURED.search(old):
+            if not (found := MEASURED.search(old)):
                 continue
             measured = table(results, file.stem) or table(kept(NEWER), file.stem) or "Here: not measured yet.\n"
-            new = MEASURED.sub(
-                lambda found, text=measured: f"{found[1]}\n{text}{chr(10) * bool(found[2])}{found[2]}", old
-            )
+            new = f"{old[: found.end(1)]}\n{measured}" + (f"\n{found[2]}" if found[2] else "")
             if new != old:
                 stale = True
                 print(f"{'stale' if args.check else 'written'}: {file.relative_to(DOCS.parent)}")
@@ -57,10 +54,9 @@ def columns(cell: TableCell, *names: str, digits: int = 2) -> list[str]:
 def recipe(kind: str, name: str) -> str:
     """What the recipe `cpu` changes of a method's settings."""
     file = DOCS.parent / "configs" / kind / f"{name}.yaml"
-    content = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    changed = (content.get("recipes") or {}).get("cpu") or {}
-    lists = {key: value if isinstance(value, list) else [value] for key, value in changed.items()}
-    texts = ", ".join(f"`{key}` {','.join(map(str, value))}" for key, value in lists.items())
+    content = load_yaml(file) if file.is_file() else {}
+    changed = content.get("recipes", {}).get("cpu", {})
+    texts = ", ".join(f"`{key}` {written(value)}" for key, value in changed.items())
     return f" ({texts})" if texts else ""
 
 
