@@ -144,15 +144,15 @@ def open_case(
 def _poisons(attacked: attack_result.AttackResult, train: Images) -> Images:
     """Triggered training images that pull towards the attacker's label: the stored ones, or some stamped anew."""
     if (stored := attacked.poisoned) is not None:
-        pulling = (stored.role == BACKDOOR) & (stored.labels != stored.true_labels)
-        if pulling.any():
-            return stored[pulling.nonzero()[:, 0]]
+        pulling = stored[(stored.role == BACKDOOR) & (stored.labels != stored.true_labels)]
+        if len(pulling):
+            return pulling
     if not attacked.settings:
         raise RecordError(f"{attacked.path} has no poisoned images with a wrong label, nor settings to make any with")
     attack = attack_from_config(attacked.settings, attacked.trigger)
     # With the trigger of the test: what LC adds in training needs a network that is not loaded here.
     made = attack.poison(train, torch.randperm(len(train), generator=generator(0))[:STAMPED], test=True)
-    return made[(made.labels != made.true_labels).nonzero()[:, 0]]
+    return made[made.labels != made.true_labels]
 
 
 def described(case: Case, config: AuditConfig) -> dict[str, Any]:
