@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sau.audit import PARTS, AuditConfig, draw, open_case, read, run_audit, tables
 from sau.audit.runner import RESULT, described
-from sau.config import Setting, options, values
+from sau.config import Setting, options, values, written
 from sau.errors import ConfigError, run_command
 from sau.figures import save
 from sau.files import safe_join, write
@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     add("--defense", action="extend", nargs="+", default=[], help="defenses in it, by name or by folder")
     add("--control", nargs="+", help="a network without a backdoor, or one for each attack, on the same images [none]")
     for name, option in CONFIG.items():
-        shown = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
-        add(f"--{name}", help=f"{option.help} [{'all that there is material for' if name == 'parts' else shown}]")
+        default = "all that there is material for" if name == "parts" else written(option.default)
+        add(f"--{name}", help=f"{option.help} [{default}]")
     add("--samples", type=int, default=2500, help="test images that figures come from [2500]")
     add("--amp", choices=("true", "false"), help="bf16 or fp32 [as the attack ran]")
     add("--out", type=Path, help="folder of the results, of one attack [audit/ in the record]")

@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for released_sau
@@ -70,9 +69,10 @@ def command_line() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = command_line().parse_args()
-    given = {name: value for name, value in vars(args).items() if name not in ("part", "json")}
     device = use_device(args)
-    setting = Setting(**{**given, "device": device, "threads": torch.get_num_threads()})
+    given = {**vars(args), "device": device, "threads": torch.get_num_threads()}
+    del given["part"], given["json"]
+    setting = Setting(**given)
     check(setting)
     load_before = round(os.getloadavg()[0], 2)
     if load_before + setting.threads > joblib.cpu_count() + 0.5:
@@ -85,9 +85,9 @@ def main() -> int:
     if args.json:
         machine = {"processor": processor(torch.device("cpu")), "cores": joblib.cpu_count(), "load_before": load_before}
         machine |= {"card": processor(device)} if device.type == "cuda" else {}
-        used = {name: str(value) if name == "device" else value for name, value in asdict(setting).items()
-                if name in given and name != "dataset_path"}  # fmt: skip
-        found = {"setting": {"part": args.part, "torch": torch.__version__, **machine, **used}, "rows": rows}
+        del given["dataset_path"]
+        used = {"part": args.part, "torch": torch.__version__, **machine, **given, "device": str(device)}
+        found = {"setting": used, "rows": rows}
         write(args.json, (json.dumps(found, indent=2) + "\n").encode())
     return 0
 
