@@ -67,7 +67,7 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main() -> None:
     args = command_line().parse_args()
     device = use_device(args)
     given = {**vars(args), "device": device, "threads": torch.get_num_threads()}
@@ -89,7 +89,6 @@ def main() -> int:
         used = {"part": args.part, "torch": torch.__version__, **machine, **given, "device": str(device)}
         found = {"setting": used, "rows": rows}
         write(args.json, (json.dumps(found, indent=2) + "\n").encode())
-    return 0
 
 
 if __name__ == "__main__":

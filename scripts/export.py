@@ -48,7 +48,7 @@ def export_npz(parts: dict[str, Images], target: Path) -> None:
             np.savez(place / f"{part}.npz", **{name: value.numpy() for name, value in images.tensors().items()})
 
 
-def main() -> int:
+def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("name", help="folder of the attack, a name below the record root or a path")
     parser.add_argument("--format", required=True, choices=("backdoorbench", "png", "npz"), help="what to write")
@@ -69,7 +69,6 @@ def main() -> int:
         parts = {"train": train.replace_rows(poisoned, poisoned.index), "test_triggered": triggered}
         (export_png if asked.format == "png" else export_npz)(parts, target)
     print(target)
-    return 0
 
 
 if __name__ == "__main__":

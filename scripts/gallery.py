@@ -123,7 +123,7 @@ def draw(lines: list[Line], columns: int) -> bytes:
     return buffer.getvalue()
 
 
-def main() -> int:
+def main() -> None:
     parser = Parser((__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", default="digits", help="data set whose images are shown [digits]")
@@ -139,7 +139,6 @@ def main() -> int:
     lines = [line(attack, train, test, asked) for attack in ATTACKS.values() if attack.name != "prototype"]
     write(Path(asked.out), draw(lines, asked.columns))
     print(markdown(["attack", "PSNR dB", "SSIM", "L-infinity", "L2", "in ball %", "images"], map(row, lines)), end="")
-    return 0
 
 
 if __name__ == "__main__":

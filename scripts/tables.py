@@ -48,7 +48,7 @@ Rows = list[dict[str, Any]]
 Curves = dict[str, dict[float, list[tuple[float, float]]]]  # attack -> poisoning ratio -> (ACC, ASR) of each seed
 
 
-def main() -> int:
+def main() -> int | None:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add: dict[str, Parser] = {}
@@ -79,7 +79,7 @@ def main() -> int:
     add["cost"].add_argument("defenses", nargs="+", metavar="DEFENSE", help="a defense that has rounds, like sau")
     add["cards"].add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is stale")
     args = parser.parse_args()
-    return int(args.function(args) or 0)
+    return args.function(args)
 
 
 def _read(root: Path) -> list[Result]:
