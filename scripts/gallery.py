@@ -39,9 +39,8 @@ class Line:
     """One attack: its images, or why there are none."""
 
     attack: type[Attack]
-    before: Tensor | None  # clean images, uint8 [N, C, H, W]
-    after: Tensor | None  # the same with the trigger
-    found: dict[str, Any] | None  # what `quality` says of all triggered test images
+    images: tuple[Tensor, Tensor] | None  # clean, and the same with the trigger, uint8 [N, C, H, W]
+    found: dict[str, Any]  # what `quality` says of all triggered test images
     note: str  # where they come from, or what to do
 
 
@@ -67,18 +66,18 @@ def line(attack: type[Attack], train: Images, test: Images, asked: argparse.Name
         triggered, note = own[0], f"from the record {own[1].path.name}"
     elif attack in (SSBA, InputAware, LC, DFBA):
         how = f"make one with: python attack/{attack.name}.py --dataset {asked.dataset}"
-        return Line(attack, None, None, None, f"no trained trigger here; {how}")
+        return Line(attack, None, {}, f"no trained trigger here; {how}")
     else:
         blank = build("preactresnet18", test.num_classes, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
         try:
             triggered = attack(pratio=0.0).fit_trigger(train, blank, Training()).poison_test(test)
         except SauError as error:  # its default trigger is not for these images; the others are shown all the same
-            return Line(attack, None, None, None, f"no trigger here: {error}")
+            return Line(attack, None, {}, f"no trigger here: {error}")
         note = "stamped with its default settings"
     before = test.pixels[triggered.index]
     found = quality.quality(before, triggered.pixels, asked.radius)
     chosen = evenly_spaced(len(triggered), asked.columns)
-    return Line(attack, before[chosen], triggered.pixels[chosen], found, note)
+    return Line(attack, (before[chosen], triggered.pixels[chosen]), found, note)
 
 
 def figures(found: dict[str, Any]) -> str:
@@ -89,9 +88,8 @@ def figures(found: dict[str, Any]) -> str:
 
 def row(shown: Line) -> list[str]:
     """A line of the table: mean figures of all triggered test images."""
-    found = shown.found or {}
     digits = {"psnr": 1, "ssim": 3, "linf": 3, "l2": 1, "in_ball": 0}
-    cells = ["" if found.get(name) is None else f"{found[name]:.{n}f}" for name, n in digits.items()]
+    cells = ["" if shown.found.get(name) is None else f"{shown.found[name]:.{n}f}" for name, n in digits.items()]
     return [shown.attack.name, *cells, shown.note]
 
 
@@ -106,11 +104,12 @@ def draw(lines: list[Line], columns: int) -> bytes:
             axis.text(x, 0.5, text, va="center", transform=axis.transAxes, **how)
 
         say(-0.15, shown.attack.__name__, ha="right")
-        if shown.before is None or shown.after is None or shown.found is None:
+        if shown.images is None:
             say(0, shown.note, fontsize=8, wrap=True)
             continue
-        change, gain = quality.magnified((shown.after.float() - shown.before.float()) / 255)
-        for block, images in enumerate((shown.before, shown.after, (255 * change).round().to(torch.uint8))):
+        before, after = shown.images
+        change, gain = quality.magnified((after.float() - before.float()) / 255)
+        for block, images in enumerate((before, after, (255 * change).round().to(torch.uint8))):
             for axis, pixels in zip(row[block * columns :], images, strict=False):
                 axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
         say(1.1, f"{figures(shown.found)}\n(x{gain:.0f})", row[-1], fontsize=7)
