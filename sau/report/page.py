@@ -98,7 +98,7 @@ def _row(cell: TableCell, identifier: str, dataset_path: str | None) -> dict[str
     config = {key: value for key, value in cell.results[0].config.items() if key not in HIDDEN}
     settings = json.dumps(config, indent=1, ensure_ascii=False) if config else ""
     commands = [rerun_command(one.config["command"]) for one in cell.results if one.config.get("command")]
-    strip = trigger_strip(cell.results[0], dataset_path) if cell.defense == NONE else ("", "")
+    strip = trigger_strip(cell.results[0], dataset_path)
     return {"id": identifier, "cell": cell, "settings": settings, "commands": commands, "strip": strip}
 
 
@@ -120,9 +120,9 @@ def _overview(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"defenses": defenses, "grid": grid}
 
 
-def trigger_strip(result: Result, dataset_path: str | None = None) -> tuple[str, str]:
+def trigger_strip(result: Result, dataset_path: str | None) -> tuple[str, str]:
     """Some test images of an attack, clean and triggered, and their difference, as the URL of an image, or why there
-    are none; both texts are empty for an attack without triggered images."""
+    are none; both texts are empty for a folder without triggered images, like that of a defense."""
     if not result.config or not (result.path / "triggered.safetensors").is_file():
         return "", ""
     try:
