@@ -10,10 +10,9 @@ from typing import Any
 
 from sau.errors import one_line
 from sau.record.folder import EARLY
-from sau.report.results import COST, NONE, PERCENT, MeanStd, Result, marked, mean_std
+from sau.report.results import NONE, MeanStd, Result, marked, mean_std
 
 NETWORK = ("name", "width", "classes", "shape")
-FIGURES = (*PERCENT, *COST)
 DEAD = "(did not take)"
 Variant = tuple[str, str, bool]  # defense, label, and whether test data chose something
 

@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader
 
 from sau.errors import printable
 from sau.record.folder import SUMMARY
-from sau.report.cells import FIGURES, Section, TableCell
-from sau.report.results import NONE, PERCENT, MeanStd, mean_std
+from sau.report.cells import Section, TableCell
+from sau.report.results import COST, NONE, PERCENT, MeanStd, mean_std
 
+FIGURES = (*PERCENT, *COST)
 UNVERIFIED = f"{SUMMARY} alone: nothing to check it by"
 Row = list[float | None]  # acc, asr, racc, der in percent
 _LATEX = str.maketrans({
