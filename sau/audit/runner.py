@@ -240,8 +240,8 @@ def white(case: Case, config: AuditConfig, name: str, model: Normalized) -> Iter
         order = torch.randperm(len(case.poisons), generator=generator(seed))
         fitted, shown = case.poisons[order[: config.images]], case.triggered
         if curve == "D alone":  # clean images with the labels that the attacker wants for them
-            pairs = ((case.train[fitted.index], fitted), (case.untriggered, shown))
-            fitted, shown = (replace(x, labels=of.labels, true_labels=of.true_labels) for x, of in pairs)
+            fitted = replace(fitted, pixels=case.train.pixels[fitted.index])
+            shown = replace(shown, pixels=case.untriggered.pixels)
         yield curve, 0.0, seed, _shifted(model, shown)
         for eps, delta in measure.universal(model, fitted, config.eps, steps=config.steps, seed=seed):
             yield curve, eps, seed, _shifted(model, shown, delta)
