@@ -135,7 +135,7 @@ def _overview(section: Section) -> str:
 
     def order(row: tuple[str, dict[str, TableCell]]) -> tuple[Any, ...]:
         """The undefended networks first, then the best mean DER; last what lacks attacks."""
-        return row[0] != NONE, not row[1].keys() >= {*took}, -(_mean_of_known(row[1], "der") or 0)
+        return row[0] != NONE, not row[1].keys() >= {*took}, -_mean_der(row[1])
 
     body = []
     for name, cells in sorted(rows.items(), key=order):
@@ -148,9 +148,10 @@ def _overview(section: Section) -> str:
     return markdown([*head, *attacks], body)
 
 
-def _mean_of_known(cells: dict[str, TableCell], name: str) -> float | None:
-    known = [figure.mean for cell in cells.values() if not cell.dead and (figure := cell.figures[name])]
-    return sum(known) / len(known) if known else None
+def _mean_der(cells: dict[str, TableCell]) -> float:
+    """Over the attacks that took and have one; 0 if there are none."""
+    known = [der.mean for cell in cells.values() if not cell.dead and (der := cell.figures["der"])]
+    return statistics.mean(known or [0.0])
 
 
 def _published(cell: TableCell, attacks: list[str | None]) -> list[float | None]:
