@@ -181,7 +181,7 @@ class Settings:
         """Every parameter once, by the heading of help that it stands under: the method's own come first."""
         headings = {"training": {*options(Training), "augment"}}
         headings |= {"the run": {name for each in self.sections if Run in each.__mro__ for name in options(each)}}
-        headings |= {"a network of your own": {*options(OwnRun)} if OwnRun in self.sections else set()}
+        headings |= {"a network of your own": {*options(OwnRun)}}
         groups: dict[str, list[Option]] = {self.method.name: [], **{heading: [] for heading in headings}}
         for name, option in self.known.items():
             groups[next((title for title, own in headings.items() if name in own), self.method.name)].append(option)
@@ -227,11 +227,11 @@ class Settings:
     def recipe(self, recorded: str | None = None) -> tuple[str, str]:
         """The recipe in force and why it is that one; `recorded` is that of the attack."""
         chosen, why = self.get("recipe") or "auto", "as asked"
-        if chosen == "auto" and recorded is None:
-            cuda = self.device.type == "cuda"
-            return ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
-        if chosen == "auto":
+        if chosen == "auto" and recorded is not None:
             chosen, why = str(recorded), "as the attack"
+        elif chosen == "auto":
+            cuda = self.device.type == "cuda"
+            chosen, why = ("paper", "the default on CUDA") if cuda else ("cpu", "the default without CUDA")
         if (fitting := self.fitting(chosen)) != chosen:
             why += f", {chosen} being for images that are poisoned beforehand"
         return fitting, why
@@ -272,4 +272,4 @@ class Settings:
 
     def ignore(self, names: Iterable[str], reason: str) -> None:
         """Remember which of these flags, that are for another kind of command, the user gave."""
-        self.ignored.update(dict.fromkeys((name for name in names if name in self.asked), reason))
+        self.ignored |= {name: reason for name in names if name in self.asked}
