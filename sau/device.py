@@ -14,7 +14,7 @@ import joblib
 import torch
 from torch import nn
 
-from sau.errors import ConfigError
+from sau.errors import ConfigError, require
 from sau.evaluate import predict
 
 CPU_INFO, MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
@@ -51,8 +51,7 @@ def set_threads(wish: int, earlier: int | None = None) -> int:
     0 means OMP_NUM_THREADS, or `earlier`, the number that an interrupted run began with (other numbers round
     differently), or all cores that this process may use, by affinity and control group.
     """
-    if not 0 <= wish <= MAX_THREADS:
-        raise ConfigError(f"threads is {wish}, allowed is 0 (OMP_NUM_THREADS, or all cores) to {MAX_THREADS}")
+    require("threads", wish, 0 <= wish <= MAX_THREADS, f"0 (OMP_NUM_THREADS, or all cores) to {MAX_THREADS}")
     variable = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested teams
     environment = int(variable) if variable.isdecimal() else 0
     torch.set_num_threads(wish or environment or earlier or joblib.cpu_count())
