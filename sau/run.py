@@ -143,25 +143,25 @@ def begin(
     reason. Errors are those of `can_start`."""
     record.can_start(determined, run.overwrite, run.amp)
     earlier = record.config  # of the run that is resumed; empty in a new one
-    threads, before = set_threads(run.threads, earlier.get("threads")), earlier.get("amp")
-    chosen = has_bf16(device) if run.amp is None else run.amp
-    model.amp = chosen if before is None else before
+    threads = set_threads(run.threads, earlier.get("threads"))
+    amp = has_bf16(device) if run.amp is None else run.amp
+    model.amp = bool(earlier.get("amp", amp))
     model.compiled = bool(earlier.get("compile", run.compile and method.compiles))
     machine = {"threads": threads, "amp": model.amp, "device": device.type, "compile": model.compiled}
     versions = {"sau": sau.__version__, "torch": torch.__version__, "python": platform.python_version()}
     asked = {"run": asdict(run), "command": shlex.join(sys.argv), "git": _commit(), "versions": versions}
     record.begin({**asked, **machine, **facts}, determined, run.overwrite)
-    said = [*lines, *(f"note: {note}" for note in facts["notes"])]
-    without_effect = "; ".join(f"--{name}: {why}" for name, why in ignored.items())
-    said += [f"warning: flags without effect here: {without_effect}"] if ignored else []
-    said.append(f"precision {'bf16' if model.amp else 'fp32'} on {device}, {threads} thread{'s' * (threads > 1)}")
+    for line in (*lines, *(f"note: {note}" for note in facts["notes"])):
+        record.log(line)
+    if ignored:
+        reasons = "; ".join(f"--{name}: {why}" for name, why in ignored.items())
+        record.log(f"warning: flags without effect here: {reasons}")
+    record.log(f"precision {'bf16' if model.amp else 'fp32'} on {device}, {threads} thread{'s' * (threads > 1)}")
     if run.compile != model.compiled:
         why = "this run goes on as it began" if method.compiles else f"the networks of {method.name} cannot be compiled"
-        said.append(f"note: {why}, so --compile has no effect")
+        record.log(f"note: {why}, so --compile has no effect")
     if model.compiled:
-        said.append("compiling the network (torch.compile), which takes up to a minute")
-    for line in said:
-        record.log(line)
+        record.log("compiling the network (torch.compile), which takes up to a minute")
 
 
 def _commit() -> str | None:
