@@ -142,7 +142,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
         _warn_below(record, gate, final, "this attack", f"try {method.remedy}")
         gate["passed"] &= learned
         found["gate"] = gate
-    logger.finish({**final.summary(), **found, "peak_memory_mb": machine.peak_memory_mb(device)})
+    logger.finish({**final.summary(), **found})
 
 
 def defend(name: str, argv: Sequence[str]) -> None:
@@ -193,7 +193,7 @@ def defend(name: str, argv: Sequence[str]) -> None:
     if not given.own:
         looks = method.data_use != "none"
         record.log(conclusion(before, after, not given.gate or given.gate["passed"], looks))
-    logger.finish({**scores, "peak_memory_mb": machine.peak_memory_mb(device)})
+    logger.finish(scores)
 
 
 def _keep(record: Record, fixed: nn.Module, model: nn.Module, given: subject.Subject) -> None:

@@ -18,7 +18,7 @@ from sau.attack.triggers import network_digest
 from sau.config import check, param
 from sau.data.images import Images
 from sau.data.sources import DATA_FOLDER
-from sau.device import has_bf16, set_threads
+from sau.device import has_bf16, peak_memory_mb, set_threads
 from sau.errors import require
 from sau.evaluate import Score, score
 from sau.loop import Limit, RunContext
@@ -228,10 +228,12 @@ class RunLogger:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the record; a run that was ended early says where, and has a digest of its own."""
+        summary = {**summary, "peak_memory_mb": peak_memory_mb(self.test.pixels.device)}
         if self.session.limit and (ended := self.session.limit.ended):
             known = self.record.config
             identity, note = {**known["identity"], EARLY: ended}, f"ended early, {ended}"
             self.record.update_config(identity=identity, digest=digest(identity), notes=[*known.get("notes", []), note])
-            summary = {**summary, EARLY: ended}
-        found = {"findings": self.session.findings} if self.session.findings else {}
-        self.record.finish({**summary, **found, "seconds": self.record.seconds})
+            summary[EARLY] = ended
+        if self.session.findings:
+            summary["findings"] = self.session.findings
+        self.record.finish({**summary, "seconds": self.record.seconds})
