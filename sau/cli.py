@@ -39,11 +39,7 @@ TOOLS |= {name: f"sau.tools:{name}" for name in ("report", "figures", "verify", 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command that `argv`, without the program's name, asks for; returns the exit status.
-
-    0 is success, also where the run was finished before; 2 a mistake of the user; 1 another expected error (disk,
-    memory, a folder in use); 130 a run that was stopped by Ctrl-C or SIGTERM and can be resumed.
-    """
+    """Run the command that `argv`, without the program's name, asks for; returns the exit status of `run_command`."""
     how = ", without --overwrite; an attack resumes in its folder, which --save_folder_name names"
     return run_command(lambda: _main(list(argv)), how if argv[:1] and argv[0] in METHODS else "")
 
@@ -127,7 +123,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     begin(record, run, determined, model, method, device, facts, [line], asked.ignored)
     plan = method.describe(trained_on, training.batch_size)
     record.log(f"{name} on {dataset}: {plan}, {len(triggered)} triggered test images; {record.path}")
-    each = machine.seconds_per_image(model.eval(), shape, device) * (len(test) + len(triggered))
+    each = machine.seconds_per_image(model, shape, device) * (len(test) + len(triggered))
     again = partial(method.poison_test, test) if method.trains_trigger else lambda: triggered
     logger = RunLogger(record, run, method.classifier_epochs(training), test, again, each)
     method.fit(model, poisoned, recipe=training, session=logger.session, **how)

@@ -20,7 +20,7 @@ NO_YAML = (yaml.YAMLError, *MALFORMED)
 
 def printable(text: str) -> str:
     """A text that may quote an untrusted file, with unprintable characters escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
@@ -99,9 +99,9 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def run_command(main: Callable[[], int | None], resume: str = "") -> int:
-    """Run `main` and return its exit status (None is 0); an expected error is one line on stderr: 2 for a mistake of
-    the user, 1 for any other (disk, memory, a locked folder), 130 for Ctrl-C or SIGTERM; `resume` is what the line then
-    adds on how to go on."""
+    """Run `main` and return its exit status (None, and a run that was finished before, is 0); an expected error is one
+    line on stderr: 2 for a mistake of the user, 1 for any other (disk, memory, a locked folder), 130 for Ctrl-C or
+    SIGTERM; `resume` is what the line then adds on how to go on."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be text
     with suppress(ValueError):  # only the main thread may handle signals
