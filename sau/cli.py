@@ -30,7 +30,7 @@ from sau.optim import Training
 from sau.record import attack_result
 from sau.record.folder import Record
 from sau.risk import passes, risk_meter
-from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, Run, RunLogger, begin, identity
+from sau.run import RECIPES, AttackRun, DefenseRun, OwnRun, RunLogger, begin, identity
 from sau.settings import METHODS, Settings, sentence
 
 UNREAD = {"all2all": "attack_target", "all2one": "attack_label_shift_amount"}  # the flag of the other label rule
@@ -83,7 +83,7 @@ def attack(name: str, argv: Sequence[str]) -> None:
     """Poison, train, measure, record."""
     started = time.monotonic()
     asked = Settings(f"sau attack {name}", ATTACKS[name], (AttackRun, Training, ATTACKS[name]), argv)
-    dataset = asked.get("dataset") or Run.dataset
+    dataset = asked.get("dataset")
     origin, (recipe, why) = sources.source(dataset), asked.recipe()
     run, training, method = asked.settle(recipe, dataset)
     if run.attack and (other := THEIRS.get(run.attack.lower(), run.attack.lower())) != name:

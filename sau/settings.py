@@ -216,17 +216,17 @@ class Settings:
         raise SystemExit(0)
 
     def get(self, name: str) -> Any:
-        """What the flags or the user's YAML files say about a parameter, whatever the recipe; None if nothing."""
-        return values({name: self.early[name]}, self.known).get(name) if name in self.early else None
+        """What the flags or the user's YAML files say about a parameter, whatever the recipe; else its default."""
+        return values({name: self.early[name]}, self.known)[name] if name in self.early else self.known[name].default
 
     @cached_property
     def device(self) -> torch.device:
         """The device that was asked for; ConfigError if this machine does not have it."""
-        return choose_device(self.get("device") or "auto")
+        return choose_device(self.get("device"))
 
     def recipe(self, recorded: str | None = None) -> tuple[str, str]:
         """The recipe in force and why it is that one; `recorded` is that of the attack."""
-        chosen, why = self.get("recipe") or "auto", "as asked"
+        chosen, why = self.get("recipe"), "as asked"
         if chosen == "auto" and recorded is not None:
             chosen, why = str(recorded), "as the attack"
         elif chosen == "auto":

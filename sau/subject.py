@@ -26,7 +26,7 @@ from sau.models import Normalized
 from sau.models.normalized import check_logits, logits_of, to_channels_last
 from sau.record import attack_result
 from sau.record.attack_result import AttackResult
-from sau.run import DefenseRun, OwnRun, Run
+from sau.run import DefenseRun, OwnRun
 from sau.settings import OF_RECORDS, Settings
 
 
@@ -56,7 +56,7 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
     run and method as objects; prints the help instead and leaves where that was asked for."""
     place, file = asked.get("result_file"), asked.get("model_file")
     if place is None and file is None:
-        asked.help(asked.recipe()[0], asked.get("dataset") or Run.dataset)
+        asked.help(asked.recipe()[0], asked.get("dataset"))
     if (place is None) == (file is None):
         raise ConfigError("give one of --result_file, an attack's folder, and --model_file, a network of your own")
     if file is not None:
@@ -67,7 +67,7 @@ def of(asked: Settings) -> tuple[DefenseRun, Defense, Subject]:
             asked.ignore(("model_prefix", "trust_code"), "a folder holds one network, and no code is run")
         found = _of_file(own, method, run, asked.asked)
     else:
-        attacked = attack_result.load(find(asked.get("record_root") or Run.record_root, place))
+        attacked = attack_result.load(find(asked.get("record_root"), place))
         recipe, why = asked.recipe(attacked.recipe)
         net = attacked.network
         recorded = {"dataset": attacked.dataset, "dataset_path": attacked.dataset_path, "model": net["name"]}
