@@ -70,13 +70,12 @@ def _main(argv: list[str]) -> int:
 
 def listing() -> str:
     """The attacks, defenses, data sets and recipes, one line each."""
-    groups = {
-        f"{kind}s": {name: sentence(kind, each) for name, each in every.items()} for kind, every in METHODS.items()
-    }
-    groups |= {"data sets": {name: each.about for name, each in sources.SOURCES.items()}, "recipes": RECIPES}
-    return "\n".join(
-        line for kind, each in groups.items() for line in (f"{kind}:", *(f"  {name:11} {each[name]}" for name in each))
-    )
+    lines = list[str]()
+    for kind, methods in METHODS.items():
+        lines += [f"{kind}s:", *(f"  {name:11} {sentence(kind, method)}" for name, method in methods.items())]
+    lines += ["data sets:", *(f"  {name:11} {source.about}" for name, source in sources.SOURCES.items())]
+    lines += ["recipes:", *(f"  {name:11} {about}" for name, about in RECIPES.items())]
+    return "\n".join(lines)
 
 
 def attack(name: str, argv: Sequence[str]) -> None:
