@@ -39,7 +39,7 @@ COLOURS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BROWN = (
 )  # fmt: skip
 SCORES: dict[str, Style] = {"acc": ("ACC", BLUE, "-"), "asr": ("ASR", RED, "--"), "racc": ("R-ACC", GREEN, "-.")}
 RISKS: dict[str, Style] = {
-    "acc": ("ACC", BLUE, "-"),
+    "acc": SCORES["acc"],
     "r_adv": ("$R_{adv}$", BLACK, "-"),
     "r_share": ("$R_{share}$", PURPLE, "--"),
     "r_share_sau": ("$R_{share}$, SAU's search", ORANGE, "-."),
