@@ -27,7 +27,7 @@ from sau.data.images import Images, to_float
 from sau.data.sources import clean_subset, load, source
 from sau.defense import DEFENSES
 from sau.device import has_bf16
-from sau.evaluate import score
+from sau.evaluate import predict, score
 from sau.loop import RunContext
 from sau.models import Normalized
 from sau.optim import Training
@@ -137,6 +137,7 @@ def purified(network: str, attack: str, data: str, count: int, seed: int, defens
     for when, each in networks.items():
         shares = score(each, test, triggered).shares()
         figures |= {f"{name}_{when}": share.percent for name, share in shares.items() if share}
+        figures[f"target_{when}"] = 100 * float((predict(each, test[test.labels != 0].pixels) == 0).float().mean())
     if data == "timm":  # re-learned from five triggered training images, as in an audit
         some = train[(train.labels != 0).nonzero().flatten()[:STAMPED]]
         poisons = poison.poison(some, torch.arange(len(some)))
